@@ -1,0 +1,72 @@
+"""The one interface: what every sequence mixer is, and what it promises.
+
+    y, state = mixer(x, state, segment_ids=segment_ids)        # x, y: [B, T, D]; any T >= 1
+
+Output first, state second (`jax.lax.scan` wants them the other way round: wrap once). The same call trains
+(`state=None`), prefills piece by piece, and decodes (`T == 1`). The laws that every entry of `lcr.MIXERS` keeps
+(split, causality, packing, padding, batch, reference, precision, transforms, cost) are `tests/mixers/test_laws.py`.
+"""
+
+import difflib
+from typing import Any, Protocol
+
+import jax
+from flax import nnx
+
+from lcr.typing import Activations, SegmentIds, State
+
+
+class Mixer(Protocol):
+    """A sequence mixer: a Flax module from `[B, T, D]` to `[B, T, D]` that reads strictly from the past."""
+
+    def __call__(
+        self, x: Activations, state: State | None = None, segment_ids: SegmentIds | None = None
+    ) -> tuple[Activations, State]:
+        """Mixes `T` more tokens.
+
+        x: activations, cast to the mixer's compute dtype; the output has that dtype.
+        state: what an earlier call (or `init_state`) returned; None starts fresh, with room for these T tokens.
+        segment_ids: 0 is padding (state untouched, output zero); a change of id is a document boundary (everything
+            from before is forgotten, positions restart); None: all tokens belong to the document in hand.
+        """
+        ...
+
+    def init_state(self, batch: int, capacity: int, dtype: Any = None) -> State:
+        """An empty state: a small immutable pytree with axis 0 the batch.
+
+        capacity: how many tokens a growing cache must hold; past it the oldest entry is dropped, so the cache
+            becomes a sliding window. Constant-size states ignore it.
+        dtype: of cached activations; the mixer's compute dtype if None. Recurrent accumulators are float32.
+        """
+        ...
+
+
+class MixerConfig(Protocol):
+    """What `MIXERS` holds: a frozen dataclass of options, every one with a sound default."""
+
+    def make(self, d_model: int, *, rngs: nnx.Rngs) -> Mixer: ...
+
+
+def state_bytes(state: State) -> int:
+    """Bytes that a state (any pytree of arrays, or of `jax.ShapeDtypeStruct`) holds."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def unknown_name(kind: str, name: object, known: Any) -> str:
+    """The message for a name that is not known: names the nearest one, then lists them all."""
+    names = sorted(str(k) for k in known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
+
+
+def check_choice(argument: str, value: object, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{argument}: " + unknown_name("value", value, known))
+
+
+def check_positive(**arguments: int | float) -> None:
+    """Each argument must be a number above zero."""
+    for argument, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"{argument}={value!r}: expected a number above 0")
