@@ -1,0 +1,1 @@
+"""Data: tokenizers, text sources, packing, and the batches made of them."""
