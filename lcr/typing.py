@@ -18,5 +18,8 @@ type Tokens = Int[Array, "B T"]
 type SegmentIds = Int[Array, "B T"]
 type PerRow = Int[Array, "B"]
 type State = PyTree[Any]
+# A field of a state. Transformations build states of other things than arrays of the documented shape (stacked
+# layers, shapes without data, tracers of a vmap), so the shape stands in a comment beside the field.
+Leaf = Any
 
-__all__ = ["Activations", "Array", "Bool", "Float", "Int", "PerRow", "PyTree", "SegmentIds", "State", "Tokens"]
+__all__ = ["Activations", "Array", "Bool", "Float", "Int", "Leaf", "PerRow", "PyTree", "SegmentIds", "State", "Tokens"]

@@ -8,7 +8,7 @@ Output first, state second (`jax.lax.scan` wants them the other way round: wrap 
 """
 
 import difflib
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -16,6 +16,7 @@ from flax import nnx
 from lcr.typing import Activations, SegmentIds, State
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """A sequence mixer: a Flax module from `[B, T, D]` to `[B, T, D]` that reads strictly from the past."""
 
@@ -41,6 +42,7 @@ class Mixer(Protocol):
         ...
 
 
+@runtime_checkable
 class MixerConfig(Protocol):
     """What `MIXERS` holds: a frozen dataclass of options, every one with a sound default."""
 

@@ -1,0 +1,1 @@
+from pallas_kernels.selective_scan.api import selective_scan as selective_scan

@@ -1,0 +1,130 @@
+"""Mamba: a selective state-space model with a short convolution (arXiv 2312.00752, section 3.4 and figure 3)."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from pallas_kernels.selective_scan import selective_scan
+
+from lcr.layers.segments import forget, read_segments
+from lcr.layers.short_conv import ShortConv
+from lcr.mixers.interface import check_positive
+from lcr.typing import Activations, Leaf, SegmentIds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """Options of `Mamba`.
+
+    state_size:  N, states per channel. expand: inner width as a multiple of d_model. conv_width: taps of the
+    short convolution. dt_rank: rank of the step-size projection (None: ceil(d_model / 16)).
+    dt_min, dt_max, dt_floor: the initial step sizes are log-uniform in [dt_min, dt_max], not below dt_floor;
+    small steps are long memories: a state decays as exp(-dt n), n = 1 .. N.
+    dtype: of the compute; parameters are float32. implementation: of `selective_scan`.
+    """
+
+    state_size: int = 16
+    expand: int = 2
+    conv_width: int = 4
+    dt_rank: int | None = None
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_floor: float = 1e-4
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    def __post_init__(self):
+        check_positive(
+            state_size=self.state_size, expand=self.expand, conv_width=self.conv_width, dt_min=self.dt_min,
+            dt_max=self.dt_max, dt_floor=self.dt_floor, **({} if self.dt_rank is None else {"dt_rank": self.dt_rank}),
+        )  # fmt: skip
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min={self.dt_min}: expected at most dt_max={self.dt_max}")
+
+    def make(self, d_model: int, *, rngs: nnx.Rngs) -> "Mamba":
+        return Mamba(self, d_model, rngs=rngs)
+
+
+@struct.dataclass
+class MambaState:
+    """conv: the last conv_width - 1 inputs of the convolution; ssm: h, float32; and the two counters.
+
+    Bytes per sequence: inner (conv_width - 1) itemsize + 4 inner state_size + 8, with inner = expand d_model.
+    """
+
+    conv: Leaf  # [B, conv_width - 1, inner]
+    ssm: Leaf  # float32[B, inner, N]
+    segment_id: Leaf  # int32[B]
+    position: Leaf  # int32[B]
+
+
+class Mamba(nnx.Module):
+    """x, z = split(x W_in); x = silu(conv(x)); dt, B, C = split(x W_x); y = scan(x, softplus(dt W_dt + b), A, B, C);
+    out = (y silu(z)) W_out, with A = -exp(A_log) and the scan of `pallas_kernels.selective_scan`."""
+
+    def __init__(self, config: MambaConfig, d_model: int, *, rngs: nnx.Rngs):
+        check_positive(d_model=d_model)
+        self.config = config
+        self.inner = inner = config.expand * d_model
+        self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
+
+        def linear(inputs, outputs):
+            return nnx.Linear(inputs, outputs, use_bias=False, dtype=config.dtype, rngs=rngs)
+
+        self.in_proj = linear(d_model, 2 * inner)
+        self.conv = ShortConv(inner, config.conv_width, dtype=config.dtype, rngs=rngs)
+        self.x_proj = linear(inner, self.dt_rank + 2 * config.state_size)
+        bound = self.dt_rank**-0.5
+        self.dt_kernel = nnx.Param(
+            jax.random.uniform(rngs.params(), (self.dt_rank, inner), jnp.float32, -bound, bound), group="no_decay"
+        )
+        log_dt = jax.random.uniform(
+            rngs.params(), (inner,), jnp.float32, math.log(config.dt_min), math.log(config.dt_max)
+        )
+        dt = jnp.maximum(jnp.exp(log_dt), config.dt_floor)
+        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)), group="no_decay")  # softplus^-1(dt)
+        n = jnp.arange(1, config.state_size + 1, dtype=jnp.float32)
+        self.A_log = nnx.Param(jnp.tile(jnp.log(n)[None], (inner, 1)), group="no_decay")
+        self.D = nnx.Param(jnp.ones((inner,), jnp.float32), group="no_decay")
+        self.out_proj = linear(inner, d_model)
+
+    def init_state(self, batch: int, capacity: int = 0, dtype: Any = None) -> MambaState:
+        """An empty state; `capacity` is ignored (constant size). dtype: of the convolution's inputs."""
+        zero = jnp.zeros((batch,), jnp.int32)
+        return MambaState(
+            conv=self.conv.init_state(batch, dtype or self.config.dtype),
+            ssm=jnp.zeros((batch, self.inner, self.config.state_size), jnp.float32),
+            segment_id=zero,
+            position=zero,
+        )
+
+    def __call__(
+        self, x: Activations, state: MambaState | None = None, segment_ids: SegmentIds | None = None
+    ) -> tuple[Activations, MambaState]:
+        batch, length, _ = x.shape
+        if state is None:
+            state = self.init_state(batch)
+        segments = read_segments(segment_ids, state.segment_id, state.position, length)
+
+        x, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        x, conv = self.conv(x, state.conv, segments)
+        x = nnx.silu(x)
+        dt, B, C = jnp.split(self.x_proj(x), [self.dt_rank, self.dt_rank + self.config.state_size], axis=-1)
+        # Step sizes in float32: small ones decide how far the memory reaches.
+        dt = jnp.einsum("btr,rd->btd", dt.astype(jnp.float32), self.dt_kernel[...], precision="highest")
+        y, ssm = selective_scan(
+            x,
+            jax.nn.softplus(dt + self.dt_bias[...][None, None]),
+            -jnp.exp(self.A_log[...]),
+            B,
+            C,
+            self.D[...],
+            initial_state=forget(state.ssm, segments.continues),
+            segment_ids=segments.ids,
+            implementation=self.config.implementation,
+        )
+        y = self.out_proj(y * nnx.silu(z))
+        return y, MambaState(conv=conv, ssm=ssm, segment_id=segments.segment_id, position=segments.position)

@@ -1,0 +1,91 @@
+"""What a decoder is made of."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+from lcr.layers.mlp import default_d_ff
+from lcr.mixers import mixer_config
+from lcr.mixers.interface import check_choice, check_positive, unknown_name
+
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder: its mixers, in order, and its sizes.
+
+    mixers:         names of `lcr.MIXERS`; a hybrid is a mixed tuple; the depth is its length.
+    mixer_options:  {mixer name: {option: value}}.
+    d_ff:           width of the SwiGLU after each mixer: None for 8/3 d_model, 0 for no feed-forward.
+    tie_embeddings: whether the output projection is the transposed embedding.
+    dtype:          of the compute, "float32" or "bfloat16"; parameters are float32, logits are float32.
+    remat:          what the backward pass computes again: "none" (save everything), "dots" (save the results of
+                    matrix products), "full" (save each repeating group's input only).
+    """
+
+    vocab_size: int
+    d_model: int
+    mixers: tuple[str, ...]
+    mixer_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    d_ff: int | None = None
+    tie_embeddings: bool = True
+    dtype: str = "float32"
+    remat: str = "none"
+    norm_epsilon: float = 1e-5
+
+    def __post_init__(self):
+        check_positive(vocab_size=self.vocab_size, d_model=self.d_model, norm_epsilon=self.norm_epsilon)
+        if isinstance(self.mixers, str):
+            raise ValueError(f"mixers={self.mixers!r}: expected a tuple of names, like ({self.mixers!r},)")
+        object.__setattr__(self, "mixers", tuple(self.mixers))
+        options = {name: dict(chosen) for name, chosen in self.mixer_options.items()}
+        object.__setattr__(self, "mixer_options", FrozenDict(options))  # hashable, as a part of a jitted module is
+        if not self.mixers:
+            raise ValueError("mixers=(): expected at least one mixer's name")
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("remat", self.remat, REMAT)
+        if self.d_ff is not None and self.d_ff != 0:
+            check_positive(d_ff=self.d_ff)
+        for name in self.mixer_options:
+            if name not in self.mixers:
+                raise ValueError("mixer_options: " + unknown_name("mixer of this model", name, set(self.mixers)))
+        for name in self.mixers:
+            self.mixer(name)
+
+    @property
+    def ff_width(self) -> int:
+        return default_d_ff(self.d_model) if self.d_ff is None else self.d_ff
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The shortest tuple that, repeated, gives `mixers`: the group of layers that is stacked and scanned."""
+        depth = len(self.mixers)
+        for period in range(1, depth + 1):
+            if depth % period == 0 and self.mixers == self.mixers[:period] * (depth // period):
+                return self.mixers[:period]
+        raise AssertionError("a tuple is its own repetition")
+
+    def mixer(self, name: str):
+        """The configuration of one mixer, in this model's compute dtype unless its options say otherwise."""
+        options = {"dtype": jnp.dtype(self.dtype), **self.mixer_options.get(name, {})}
+        return mixer_config(name, **options)
+
+
+def model_config(config: "ModelConfig | Mapping[str, Any]") -> ModelConfig:
+    """A `ModelConfig` from one, or from a mapping (a `dict`, an `ml_collections.ConfigDict`) of its fields.
+
+    Raises: ValueError for an unknown field, naming the nearest.
+    """
+    if isinstance(config, ModelConfig):
+        return config
+    fields = {key: config[key] for key in config}
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    for key in fields:
+        if key not in known:
+            raise ValueError(unknown_name("model option", key, known))
+    return ModelConfig(**fields)

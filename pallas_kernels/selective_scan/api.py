@@ -1,0 +1,67 @@
+"""The public `selective_scan`: shapes, choice of an implementation."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import choose
+from pallas_kernels.selective_scan import chunked, reference
+
+IMPLEMENTATIONS = {"chunked": chunked.selective_scan, "reference": reference.selective_scan}
+
+
+def selective_scan(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, "D"] | None = None,
+    *,
+    initial_state: Float[Array, "B D N"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+    """Diagonal state-space recurrence with input-dependent steps (Mamba, arXiv 2312.00752, algorithm 2).
+
+        h_t[d, n] = exp(dt_t[d] A[d, n]) h_{t-1}[d, n] + dt_t[d] B_t[n] x_t[d]
+        y_t[d]    = sum_n C_t[n] h_t[d, n] + D[d] x_t[d]
+
+    x:  inputs. dt: step sizes >= 0, after softplus. A: < 0, so that every decay lies in (0, 1].
+    B, C: input and output weights of each token, shared by all channels. D: skip weights (None: no skip).
+    initial_state: h before the first token (None: zero). segment_ids: see `pallas_kernels.segments`.
+    implementation: "chunked" (default) or "reference".
+
+    Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y in
+    x's dtype, final_state in the dtype of the computation. Differentiable in every float argument. Memory: one
+    chunk's [C, B, N, D] and, for the backward pass, a state per chunk; never [B, T, D, N].
+
+    Raises: ValueError for shapes that do not agree and for an unknown implementation.
+    """
+    batch, length, width = x.shape
+    states = A.shape[-1]
+    expected = {
+        "dt": (dt, (batch, length, width)),
+        "A": (A, (width, states)),
+        "B": (B, (batch, length, states)),
+        "C": (C, (batch, length, states)),
+        "D": (D, (width,)),
+        "initial_state": (initial_state, (batch, width, states)),
+        "segment_ids": (segment_ids, (batch, length)),
+    }
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name}: shape {array.shape}; expected {shape} beside x {x.shape} and A {A.shape}")
+    if length == 0:
+        raise ValueError(f"x: shape {x.shape}; expected at least one token")
+
+    floats = [a for a in (x, dt, A, B, C, D, initial_state) if a is not None]
+    dtype = jnp.result_type(jnp.float32, *(jnp.promote_types(a.dtype, jnp.float32) for a in floats))
+    if D is None:
+        D = jnp.zeros((width,), dtype)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, width, states), dtype)
+    cast = [a.astype(dtype) for a in (x, dt, A, B, C, D, initial_state)]
+    run = choose("selective_scan", IMPLEMENTATIONS, implementation, default="chunked")
+    y, final_state = run(*cast, segment_ids)
+    return y.astype(x.dtype), final_state

@@ -1,0 +1,144 @@
+"""The selective scan in chunks, in plain JAX: the default on CPU and wherever no kernel applies.
+
+Within a chunk of C tokens the decays exp(dt A) and the inputs dt B x are computed in bulk, [C, B, N, D] (this is
+where the time goes, and what XLA spreads over the cores), a short loop does one multiply-add per token, and the
+outputs are summed in bulk. Only one chunk's [C, B, N, D] is ever held. The backward pass saves the states at the
+chunks' starts and computes each chunk again. D is the minor axis throughout, so that every loop is a vector loop
+for any state size N.
+"""
+
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.segments import document_index
+
+CHUNK_LENGTH = 32  # tokens whose [B, N, D] are held at once
+GROUP_ELEMENTS = 8192  # rows are taken together up to this many elements of [B, N, D], to stay in the cache
+
+
+def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids):
+    """See `api.selective_scan`; arguments are checked and of one dtype there."""
+    length = x.shape[1]
+    if segment_ids is None:
+        keep = None
+        x_in = x
+    else:
+        # Padding: dt = 0 makes the step the identity. A boundary: the decay is multiplied by 0.
+        index, valid = document_index(segment_ids)
+        keep = (jnp.diff(index, axis=1, prepend=0) == 0).astype(x.dtype)
+        dt = jnp.where(valid[..., None], dt, 0)
+        x_in = jnp.where(valid[..., None], x, 0)  # so that what stands in padding is not multiplied by 0
+        B = jnp.where(valid[..., None], B, 0)
+        C = jnp.where(valid[..., None], C, 0)
+    if length == 1:
+        y, final_state = _one_token(x_in, dt, A, B, C, keep, initial_state)
+    else:
+        y, final_state = _in_chunks(x_in, dt, A, B, C, keep, initial_state)
+    return y + D[None, None] * x_in, final_state
+
+
+def _one_token(x, dt, A, B, C, keep, state):
+    x, dt, B, C = x[:, 0], dt[:, 0], B[:, 0], C[:, 0]
+    decay = jnp.exp(dt[:, :, None] * A[None])
+    if keep is not None:
+        decay = decay * keep[:, :, None]
+    state = decay * state + (dt * x)[:, :, None] * B[:, None, :]
+    return (state * C[:, None, :]).sum(-1)[:, None], state
+
+
+def _in_chunks(x, dt, A, B, C, keep, initial_state):
+    batch, length, width = x.shape
+    chunk = min(CHUNK_LENGTH, length)
+    chunks = -(-length // chunk)
+    group = max(g for g in range(1, batch + 1) if batch % g == 0 and (g == 1 or g * A.size <= GROUP_ELEMENTS))
+
+    def split(leaf):  # [B, T, ...] -> [B / g, T / C, C, g, ...]; the added tokens have dt = 0
+        leaf = jnp.pad(leaf, ((0, 0), (0, chunks * chunk - length)) + ((0, 0),) * (leaf.ndim - 2))
+        leaf = leaf.reshape(batch // group, group, chunks, chunk, *leaf.shape[2:])
+        return jnp.moveaxis(leaf, 1, 3)
+
+    tokens = jax.tree.map(split, (x, dt, B, C, keep))
+    states = initial_state.swapaxes(1, 2).reshape(batch // group, group, *A.T.shape)
+    y, final_state = jax.lax.map(lambda rows: _scan(*rows[0], A.T, rows[1]), (tokens, states))
+    y = jnp.moveaxis(y, 3, 1).reshape(batch, chunks * chunk, width)[:, :length]
+    return y, final_state.reshape(batch, *A.T.shape).swapaxes(1, 2)
+
+
+# Below, time comes first: x, dt [T/C, C, B, D]; B, C [T/C, C, B, N]; keep [T/C, C, B] or None; A [N, D];
+# h [B, N, D]. `keep` is 0 at a document's first token, else 1.
+
+
+def _decays_and_inputs(x, dt, B, keep, A):
+    """a_t = exp(dt_t A) (0 at a boundary) and b_t = dt_t B_t x_t, both [C, B, N, D]."""
+    a = jnp.exp(dt[:, :, None, :] * A[None, None])
+    if keep is not None:
+        a = a * keep[:, :, None, None]
+    return a, B[..., None] * (dt * x)[:, :, None, :]
+
+
+def _states(a, b, h):
+    """h_t = a_t h_{t-1} + b_t: the states after each token of a chunk, [C, B, N, D]."""
+
+    def step(h, ab):
+        h = ab[0] * h + ab[1]
+        return h, h
+
+    return jax.lax.scan(step, h, (a, b), unroll=4)
+
+
+@jax.custom_vjp
+def _scan(x, dt, B, C, keep, A, initial_state):
+    def chunk(h, tokens):
+        x, dt, B, C, keep = tokens
+        a, b = _decays_and_inputs(x, dt, B, keep, A)
+        h, states = _states(a, b, h)
+        return h, (states * C[..., None]).sum(2)
+
+    h, y = jax.lax.scan(chunk, initial_state, (x, dt, B, C, keep))
+    return y, h
+
+
+def _scan_forward(x, dt, B, C, keep, A, initial_state):
+    def chunk(h_start, tokens):
+        x, dt, B, C, keep = tokens
+        a, b = _decays_and_inputs(x, dt, B, keep, A)
+        h, states = _states(a, b, h_start)
+        return h, ((states * C[..., None]).sum(2), h_start)
+
+    h, (y, starts) = jax.lax.scan(chunk, initial_state, (x, dt, B, C, keep))
+    return (y, h), (x, dt, B, C, keep, A, starts)
+
+
+def _scan_backward(saved, cotangents):
+    x, dt, B, C, keep, A, starts = saved
+    dy, dh_final = cotangents
+
+    def chunk(carry, tokens):
+        dh, dA = carry
+        x, dt, B, C, keep, h_start, dy = tokens
+        a, b = _decays_and_inputs(x, dt, B, keep, A)
+        _, states = _states(a, b, h_start)
+        before = jnp.concatenate([h_start[None], states[:-1]])
+
+        def step(dh, inputs):  # dh: of the state after token t, from later tokens
+            a, C, dy = inputs
+            dh = dh + C[..., None] * dy[:, None, :]
+            return a * dh, dh
+
+        dh, dstates = jax.lax.scan(step, dh, (a, C, dy), reverse=True, unroll=4)
+        dlog_a = dstates * before * a  # of dt_t A
+        dC = (states * dy[:, :, None, :]).sum(-1)
+        dB = (dstates * (dt * x)[:, :, None, :]).sum(-1)
+        ddtx = (dstates * B[..., None]).sum(2)
+        ddt = (dlog_a * A[None, None]).sum(2) + ddtx * x
+        dA = dA + (dlog_a * dt[:, :, None, :]).sum((0, 1))
+        return (dh, dA), (ddtx * dt, ddt, dB, dC)
+
+    carry = (dh_final, jnp.zeros_like(A))
+    (dh, dA), (dx, ddt, dB, dC) = jax.lax.scan(chunk, carry, (x, dt, B, C, keep, starts, dy), reverse=True)
+    dkeep = jax.tree.map(jnp.zeros_like, keep)  # a mask: nothing flows through it
+    return dx, ddt, dB, dC, dkeep, dA, dh
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
