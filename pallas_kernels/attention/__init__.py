@@ -1,0 +1,5 @@
+"""Softmax attention; see `api.attention`."""
+
+from pallas_kernels.attention.api import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,128 @@
+"""The public `attention`: what it computes, checks of its arguments, choice of an implementation."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import chunked, reference
+from pallas_kernels.dispatch import choose
+from pallas_kernels.segments import document_index
+
+IMPLEMENTATIONS = {"chunked": chunked.attend, "reference": reference.attend}
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    q_positions: Int[Array, "B T"] | Int[Array, "T"] | None = None,
+    kv_positions: Int[Array, "B S"] | Int[Array, "S"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T H V"]:
+    """Softmax attention (arXiv 1706.03762, equation 1) of H query heads over G key-value heads (arXiv 2305.13245).
+
+        s[t, h, s'] = scale q[t, h] . k[s', h // (H / G)]        then soft_cap tanh(s / soft_cap), if a cap is given
+        o[t, h]     = sum over the keys s' that t sees of softmax(s)[s'] v[s', h // (H / G)]
+
+    A query sees a key of its own document whose distance, query position - key position, is not below 0 (if
+    `causal`) and is below `window` (if given: so many tokens, its own among them). A query that is padding, or
+    sees nothing, gives exactly 0 and passes no gradient.
+
+    q, k, v: any float dtypes; k and v have one. Scores, softmax and sums are in float32 (float64 for float64).
+    scale: None is K ** -0.5.
+    segment_ids: None: one document without padding. Without `kv_segment_ids` (then S must be T, and keys and
+        queries are the same tokens) they are read as in `pallas_kernels.segments`: 0 is padding, and an id that
+        comes back after another one is a new document, so 1, 2, 1 are three documents.
+    kv_segment_ids: ids of the keys (a cache and what follows it), 0 for an empty slot. Then ids are compared as
+        they are: equal ids other than 0 are one document, wherever they stand. Needs `segment_ids` too.
+    q_positions, kv_positions: int32; None counts the keys 0 .. S - 1 and takes the queries for the last T of them.
+    implementation: "chunked" (default) or "reference".
+
+    Returns o in q's dtype. Differentiable in q, k and v. Memory: that of a few tiles of 512 x 512 scores beside
+    inputs and outputs, forward and backward (for T = 1: one row of scores).
+
+    Raises: ValueError for shapes or dtypes that do not agree, heads that do not divide, options that are not
+    positive, and an unknown implementation.
+    """
+    check_arguments(q, k, v, window, scale, soft_cap, segment_ids, kv_segment_ids, q_positions, kv_positions)
+    batch, length, kv_length = q.shape[0], q.shape[1], k.shape[1]
+    run = choose("attention", IMPLEMENTATIONS, implementation, default="chunked")
+    if segment_ids is None:
+        segment_ids, kv_segment_ids = (jnp.ones((batch, n), jnp.int32) for n in (length, kv_length))
+    elif kv_segment_ids is None:
+        document, valid = document_index(segment_ids)
+        segment_ids = kv_segment_ids = jnp.where(valid, document + 1, 0)
+    if kv_positions is None:
+        kv_positions = jnp.arange(kv_length, dtype=jnp.int32)
+    if q_positions is None:
+        q_positions = jnp.arange(kv_length - length, kv_length, dtype=jnp.int32)
+    return run(
+        q,
+        k,
+        v,
+        segment_ids.astype(jnp.int32),
+        kv_segment_ids.astype(jnp.int32),
+        jnp.broadcast_to(jnp.atleast_2d(q_positions), (batch, length)).astype(jnp.int32),
+        jnp.broadcast_to(jnp.atleast_2d(kv_positions), (batch, kv_length)).astype(jnp.int32),
+        causal=causal,
+        window=window,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        soft_cap=None if soft_cap is None else float(soft_cap),
+    )
+
+
+def check_arguments(
+    q, k, v, window=None, scale=None, soft_cap=None, segment_ids=None, kv_segment_ids=None,
+    q_positions=None, kv_positions=None,
+) -> None:  # fmt: skip
+    """Raises the ValueErrors of `attention`."""
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.ndim != 4 or 0 in array.shape:
+            raise ValueError(f"{name}: shape {array.shape}; expected 4 axes, none empty: [batch, tokens, heads, width]")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name}: dtype {array.dtype}; expected a float dtype")
+    if k.dtype != v.dtype:
+        raise ValueError(f"v: dtype {v.dtype} beside k {k.dtype}; expected one dtype: cast one of them")
+    batch, length, heads, width = q.shape
+    kv_length, kv_heads = k.shape[1], k.shape[2]
+    if k.shape != (batch, kv_length, kv_heads, width):
+        raise ValueError(f"k: shape {k.shape}; expected [{batch}, S, G, {width}] beside q {q.shape}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v: shape {v.shape}; expected {list(k.shape[:3])} and a width, beside k {k.shape}")
+    if heads % kv_heads:
+        raise ValueError(f"k: {kv_heads} heads, which do not divide the {heads} heads of q; expected a divisor")
+    for name, number in (("window", window), ("scale", scale), ("soft_cap", soft_cap)):
+        if number is not None and not (number > 0 and math.isfinite(number)):
+            raise ValueError(f"{name}={number!r}: expected a number above 0, or None")
+    if window is not None and window != int(window):
+        raise ValueError(f"window={window!r}: expected a whole number of tokens")
+
+    if segment_ids is None and kv_segment_ids is not None:
+        raise ValueError("segment_ids=None with kv_segment_ids given; expected the ids of the queries too")
+    if segment_ids is not None and kv_segment_ids is None and kv_length != length:
+        raise ValueError(
+            f"kv_segment_ids=None with {length} queries and {kv_length} keys; expected the ids of the keys too, "
+            "since they are not those of the queries"
+        )
+    of_queries, of_keys = (batch, length), (batch, kv_length)
+    for name, array, shape, bare in (
+        ("segment_ids", segment_ids, of_queries, False),
+        ("kv_segment_ids", kv_segment_ids, of_keys, False),
+        ("q_positions", q_positions, of_queries, True),
+        ("kv_positions", kv_positions, of_keys, True),
+    ):
+        if array is None:
+            continue
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name}: dtype {array.dtype}; expected int32")
+        if array.shape != shape and not (bare and array.shape == shape[1:]):
+            either = f"{shape} or {shape[1:]}" if bare else f"{shape}"
+            raise ValueError(f"{name}: shape {array.shape}; expected {either} beside q {q.shape} and k {k.shape}")

@@ -1,0 +1,187 @@
+"""Softmax attention in tiles with an online softmax, in plain JAX: the default wherever no kernel applies.
+
+Memory is that of a few tiles, forward and backward: the backward recomputes each tile's weights from the
+log-sum-exp of its rows (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2). A tile in which no query sees a
+key is never computed: `tiles.schedule` lists the others beforehand, and the loops run over that list.
+
+On a CPU a matrix product with batch dimensions runs at half the speed of a plain one, so rows and key-value heads
+are looped over, and the query heads of one key-value head are folded into the rows of a tile.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import tiles
+
+NEVER = -1e30  # below every score, yet finite, so that a row that has seen nothing gives no NaN
+
+
+def attend(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    documents: Int[Array, "B T"],
+    kv_documents: Int[Array, "B S"],
+    positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    soft_cap: float | None,
+) -> Float[Array, "B T H V"]:
+    """See `api.attention`. Differentiable once, in reverse, in q, k and v."""
+    band, index = tiles.Band(causal, window), tiles.Index(documents, kv_documents, positions, kv_positions)
+    if q.shape[1] == 1:
+        return _single_query(q, k, v, tiles.visible(index, band)[:, 0], scale, soft_cap)
+    return _tiled(band, scale, soft_cap, q, k, v, index)
+
+
+def _single_query(q, k, v, seen, scale, soft_cap):
+    """One query per row (decoding): the whole score row fits, so one pass over the cache and no tiles."""
+    batch, _, heads, width = q.shape
+    dtype, precision = _arithmetic(q)
+    groups = q.reshape(batch, k.shape[2], -1, width).astype(dtype)
+    scores = jnp.einsum("bgrk,bsgk->bgrs", groups, k.astype(dtype), precision=precision) * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    weights = jax.nn.softmax(scores, axis=-1, where=seen[:, None, None, :])
+    out = jnp.einsum("bgrs,bsgv->bgrv", weights, v.astype(dtype), precision=precision)
+    return out.reshape(batch, 1, heads, -1).astype(q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _tiled(band, scale, soft_cap, q, k, v, index):
+    return _forward(band, scale, soft_cap, q, k, v, index)[0]
+
+
+def _forward(band, scale, soft_cap, q, k, v, index):
+    """Returns the output and what the backward needs: the inputs, the output and each row's log-sum-exp."""
+    grid = _grid(q, k)
+
+    def row(args):
+        tile_index, blocks = args
+        order = tiles.schedule(tile_index, band, by_query=True)
+
+        def head(blocks):
+            return _forward_head(band, scale, soft_cap, tile_index, order, *blocks)
+
+        return jax.lax.map(head, blocks)
+
+    blocks = grid.cut_queries(q), grid.cut_keys(k), grid.cut_keys(v)
+    out, logsumexp = jax.lax.map(row, (grid.cut_index(index), blocks))
+    o = grid.join_queries(out).astype(q.dtype)
+    return o, (q, k, v, index, o, logsumexp)
+
+
+def _forward_head(band, scale, soft_cap, index, order, queries, keys, values):
+    """All query tiles of one key-value head: queries [tiles, rows, K], keys [tiles, C, K], values [tiles, C, V]."""
+    dtype, precision = _arithmetic(queries)
+    rows = queries.shape[1]
+
+    def query_tile(args):
+        i, q, listed = args
+        q = q.astype(dtype) * scale
+
+        def visit(masked, n, carry):
+            j = listed.tiles[n]
+            peak, total, out = carry
+            scores, _ = _scores(q, keys[j].astype(dtype), soft_cap, precision)
+            if masked:
+                scores = jnp.where(tiles.tile_mask(index, i, j, rows, band), scores, -jnp.inf)
+            new_peak = jnp.maximum(peak, scores.max(axis=1))
+            weights = jnp.exp(scores - new_peak[:, None])
+            kept = jnp.exp(peak - new_peak)
+            added = jnp.dot(weights, values[j].astype(dtype), precision=precision)
+            return new_peak, total * kept + weights.sum(axis=1), out * kept[:, None] + added
+
+        carry = (
+            jnp.full((rows,), NEVER, dtype), jnp.zeros((rows,), dtype), jnp.zeros((rows, values.shape[2]), dtype)
+        )  # fmt: skip
+        peak, total, out = listed.loop(visit, carry)
+        logsumexp = jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1)), jnp.inf)
+        return out / jnp.where(total > 0, total, 1)[:, None], logsumexp
+
+    return jax.lax.map(query_tile, (jnp.arange(queries.shape[0]), queries, order))
+
+
+def _backward(band, scale, soft_cap, residuals, cotangent):
+    q, k, v, index, o, logsumexp = residuals
+    grid = _grid(q, k)
+    dtype = _arithmetic(q)[0]
+    product = jnp.sum(o.astype(dtype) * cotangent.astype(dtype), axis=-1, keepdims=True)
+
+    def row(args):
+        tile_index, blocks = args
+        order = tiles.schedule(tile_index, band, by_query=False)
+
+        def head(blocks):
+            return _backward_head(band, scale, soft_cap, tile_index, order, *blocks)
+
+        return jax.lax.map(head, blocks)
+
+    blocks = grid.cut_queries(q), grid.cut_keys(k), grid.cut_keys(v)
+    blocks += grid.cut_queries(cotangent), logsumexp, grid.cut_queries(product)[..., 0]
+    dq, dk, dv = jax.lax.map(row, (grid.cut_index(index), blocks))
+    dq = (grid.join_queries(dq) * scale).astype(q.dtype)
+    dk, dv = grid.join_keys(dk).astype(k.dtype), grid.join_keys(dv).astype(v.dtype)
+    return dq, dk, dv, jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), index)
+
+
+def _backward_head(band, scale, soft_cap, index, order, queries, keys, values, cotangents, logsumexp, products):
+    """One pass over the key tiles: each gathers its own dk, dv, and adds its part to dq, which is carried."""
+    dtype, precision = _arithmetic(queries)
+    rows = queries.shape[1]
+
+    def key_tile(dq, args):
+        j, k, v, listed = args
+        k, v = k.astype(dtype), v.astype(dtype)
+
+        def visit(masked, n, carry):
+            i = listed.tiles[n]
+            dq, dk, dv = carry
+            q, do = queries[i].astype(dtype) * scale, cotangents[i].astype(dtype)
+            scores, slope = _scores(q, k, soft_cap, precision)
+            weights = jnp.exp(scores - logsumexp[i][:, None])
+            if masked:
+                weights = jnp.where(tiles.tile_mask(index, i, j, rows, band), weights, 0)
+            dweights = jax.lax.dot_general(do, v, (((1,), (1,)), ((), ())), precision=precision)
+            dscores = weights * (dweights - products[i][:, None]) * slope
+            return (
+                dq.at[i].add(jnp.dot(dscores, k, precision=precision)),
+                dk + jax.lax.dot_general(dscores, q, (((0,), (0,)), ((), ())), precision=precision),
+                dv + jax.lax.dot_general(weights, do, (((0,), (0,)), ((), ())), precision=precision),
+            )
+
+        dq, dk, dv = listed.loop(visit, (dq, jnp.zeros_like(k), jnp.zeros_like(v)))
+        return dq, (dk, dv)
+
+    dq = jnp.zeros(queries.shape, dtype)
+    dq, (dk, dv) = jax.lax.scan(key_tile, dq, (jnp.arange(keys.shape[0]), keys, values, order))
+    return dq, dk, dv
+
+
+_tiled.defvjp(_forward, _backward)
+
+
+def _grid(q, k):
+    return tiles.Grid(q.shape[1], k.shape[1], kv_heads=k.shape[2], group=q.shape[2] // k.shape[2])
+
+
+def _scores(q, k, soft_cap, precision):
+    """Capped scores of one tile, and their slope in the scores before the cap."""
+    scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), precision=precision)
+    if soft_cap is None:
+        return scores, 1
+    bent = jnp.tanh(scores / soft_cap)
+    return soft_cap * bent, 1 - bent * bent
+
+
+def _arithmetic(x):
+    """float32 at least, at full precision; of narrower inputs the default products lose nothing worth keeping."""
+    wide = np.promote_types(x.dtype, np.float32)
+    return wide, jax.lax.Precision.HIGHEST if wide == x.dtype else jax.lax.Precision.DEFAULT
