@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-DRAW = 0  # stream of random numbers that draws lengths; examples use the other one, EXAMPLE
-EXAMPLE = 1
+DRAW, EXAMPLE = 0, 1  # streams of random numbers of one seed: lengths are drawn from DRAW, examples from EXAMPLE
 BLOCK = 4096  # steps whose numbers are drawn at once
 
 
@@ -16,8 +15,8 @@ class LengthSchedule:
     curriculum:   ((from_step, lengths), ...), from_step rising: from that step on these lengths are drawn instead.
     batch_tokens: tokens of a batch: a batch of length T has `max(1, batch_tokens // T)` rows.
 
-    Raises ValueError where a length or batch_tokens is not a positive integer, there is no length, or the
-    curriculum's steps do not rise.
+    Raises ValueError where a length or batch_tokens is no integer above 0, the seed none from 0 on, there is no
+    length, or the curriculum's steps do not rise.
     """
 
     def __init__(
@@ -29,14 +28,12 @@ class LengthSchedule:
         curriculum: Sequence[tuple[int, Sequence[int]]] = (),
     ):
         check_integer("batch_tokens", batch_tokens)
+        check_integer("seed", seed, least=0)
         self.batch_tokens = batch_tokens
         self.seed = seed
         self.stages = [(0, tuple(lengths)), *((step, tuple(stage)) for step, stage in curriculum)]
         for (step, _), (following, _) in zip(self.stages[:-1], self.stages[1:], strict=True):
-            if isinstance(following, bool) or not isinstance(following, int) or following <= step:
-                raise ValueError(
-                    f"curriculum: from_step={following!r} after step {step}: expected rising integers above 0"
-                )
+            check_integer("curriculum: from_step", following, least=step + 1)
         for _, stage in self.stages:
             if not stage:
                 raise ValueError("lengths: expected at least one length")
@@ -59,6 +56,6 @@ class LengthSchedule:
         return max(1, self.batch_tokens // length)
 
 
-def check_integer(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{argument}={value!r}: expected an integer above 0")
+def check_integer(argument: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{argument}={value!r}: expected an integer of at least {least}")

@@ -51,7 +51,7 @@ PROMPT_WORDS = (
     "about the information there The grass green sky blue sun yellow Here we go back again pass key Remember What"
 ).split()
 
-RANDOM_WORDS = (
+RANDOM_WORDS = (  # all of four letters, none in the prompt
     "able acid aged also area army away baby ball band bank base bath bear beat bell belt best bird blow boat body "
     "bone book born both bowl bulk burn bush busy cake call calm camp card care case cash cast cell chat chip city "
     "club coal coat code cold come cook cool cope copy core cost crew crop dark data date dawn deal dear debt deep "
@@ -108,3 +108,9 @@ def make_tokenizer(name: str) -> Tokenizer:
     if name not in TOKENIZERS:
         raise ValueError(unknown_name("tokenizer", name, TOKENIZERS))
     return TOKENIZERS[name]()
+
+
+def check_writes_any_text(tokenizer: str, what: str) -> None:
+    """Raises ValueError for a tokenizer with a closed vocabulary, to which most words of a real text are unknown."""
+    if tokenizer == WordTokenizer.name:
+        raise ValueError(f"tokenizer={tokenizer!r} knows too few words for {what}: use tokenizer='bytes'")

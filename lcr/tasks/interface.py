@@ -74,7 +74,11 @@ class DocumentTask(Protocol):
     tokenizer: Tokenizer
 
     def documents(self) -> Any:
-        """The documents' token ids, a finite random-access sequence (`grain.MapDataset`) of int32 arrays [T]."""
+        """The documents' token ids, one epoch of them: a `grain.MapDataset` of int32 arrays [T]."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Names the contents of the corpus: a run must not go on with other documents than it began with."""
         ...
 
 

@@ -11,15 +11,16 @@ blocks (theirs is cut by the character), the key always has five digits (theirs 
 is chosen and recorded.
 """
 
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from lcr.data.tokenizers import make_tokenizer
+from lcr.data.tokenizers import check_writes_any_text, make_tokenizer
 from lcr.mixers.interface import check_choice
-from lcr.tasks.haystacks import Haystack, RandomWords, RepeatedFiller
+from lcr.tasks.haystacks import Haystack, RandomWords, RealText, RepeatedFiller
 from lcr.tasks.interface import Example
 
 INTRODUCTION = (
@@ -36,10 +37,11 @@ class PasskeyTask:
     """Find the five digits that were hidden in a haystack.
 
     tokenizer: "words" or "bytes".
-    haystack:  "repeat" (the filler) or "words" (random words).
+    haystack:  "repeat" (the filler), "words" (random words) or "text" (lines of a corpus; tokenizer "bytes" only).
     question:  "last", or "first": before the haystack, while "The pass key is" stays at the end. Where the question
                comes first a model knows what to keep (arXiv 2402.01032).
     loss:      "answer": on the five digits that end the sample; "all": on every token but the first.
+    source, data_dir: the corpus of the haystack "text", see `lcr.data.sources.open_source`.
 
     The pieces are joined by newlines, an empty part of the haystack left out. The space before the key belongs to the
     prompt, so that the answer is five digits, five tokens, with either tokenizer. When whole blocks do not fill the
@@ -52,9 +54,15 @@ class PasskeyTask:
     chance: Mapping[str, float] = MappingProxyType({"exact_match": 1e-5, "digit_accuracy": 0.1})
 
     def __init__(
-        self, tokenizer: str = "words", haystack: str = "repeat", question: str = "last", loss: str = "answer"
+        self,
+        tokenizer: str = "words",
+        haystack: str = "repeat",
+        question: str = "last",
+        loss: str = "answer",
+        source: str = "stdlib",
+        data_dir: str | os.PathLike | None = None,
     ):
-        check_choice("haystack", haystack, ("repeat", "words"))
+        check_choice("haystack", haystack, ("repeat", "words", "text"))
         check_choice("question", question, ("last", "first"))
         check_choice("loss", loss, ("answer", "all"))
         self.tokenizer = make_tokenizer(tokenizer)
@@ -75,22 +83,27 @@ class PasskeyTask:
         self._second_key = len(before) + DIGITS + len(between)
         self._digits = encode("0123456789")
         self._newline = encode("\n")
-        self._haystack: Haystack = {"repeat": RepeatedFiller, "words": RandomWords}[haystack](self.tokenizer)
+        self._min_length = len(self._head) + len(self._needle) + len(self._end) + DIGITS
+        if haystack == "text":
+            check_writes_any_text(tokenizer, "haystack='text'")
+            self._haystack: Haystack = RealText(self.tokenizer, source, data_dir)
+        else:
+            self._haystack = {"repeat": RepeatedFiller, "words": RandomWords}[haystack](self.tokenizer)
 
     def min_length(self) -> int:
-        return len(self._head) + len(self._needle) + len(self._end) + DIGITS
+        return self._min_length
 
     def example(self, rng: np.random.Generator, length: int, depth: float | None = None) -> Example:
         """See `Task.example`. The needle goes to the place nearest to `depth` times the haystack's tokens."""
-        if length < self.min_length():
+        if length < self._min_length:
             raise ValueError(
                 f"length={length} is too short for the passkey prompt with tokenizer {self.tokenizer.name!r}: "
-                f"it takes at least {self.min_length()} tokens, answer included"
+                f"it takes at least {self._min_length} tokens, answer included"
             )
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"depth={depth}: expected a number from 0 (needle first) to 1 (needle last), or None")
         key = self._digits[rng.integers(0, 10, DIGITS)]
-        count = length - self.min_length()
+        count = length - self._min_length
         hay, places = self._haystack.sample(rng, count)
         place = int(places[rng.integers(len(places))]) if depth is None else nearest(places, depth * count)
 
@@ -113,9 +126,9 @@ class PasskeyTask:
         loss_mask[0] = False
         return Example(tokens, loss_mask, length - DIGITS, place / count if count else 0.0, needle)
 
-    def score(self, predicted: Int[np.ndarray, "B P"], expected: Int[np.ndarray, "B P"]) -> dict[
-        str, Float[np.ndarray, "B"]
-    ]:
+    def score(
+        self, predicted: Int[np.ndarray, "B P"], expected: Int[np.ndarray, "B P"]
+    ) -> dict[str, Float[np.ndarray, "B"]]:
         """exact_match: 1 where all five digits are right, else 0; digit_accuracy: share of the digits that are."""
         if predicted.shape != expected.shape or predicted.shape[1:] != (DIGITS,):
             raise ValueError(
