@@ -8,8 +8,8 @@ A document that reaches the end of a row is cut and goes on in the next row as a
 token is lost, and only the last row is padded (id 0, segment 0).
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -60,6 +60,13 @@ class Position(NamedTuple):
     offset: int
 
 
+@runtime_checkable
+class Documents(Protocol):
+    """Documents by index: a list, a `grain.MapDataset`."""
+
+    def __getitem__(self, index: int) -> Int32[np.ndarray, "_"]: ...
+
+
 class DocumentStream:
     """Documents read by the token, epoch after epoch.
 
@@ -69,7 +76,7 @@ class DocumentStream:
     Raises ValueError where a whole epoch has no token.
     """
 
-    def __init__(self, documents: Sequence[Int32[np.ndarray, "_"]], epoch: int):
+    def __init__(self, documents: Documents, epoch: int):
         self.documents = documents
         self.epoch = epoch
         self.position = Position(0, 0)

@@ -56,7 +56,8 @@ def open_source(
     data_dir: where datasets are kept: of `files` and `stdlib`, see `cache_dir`; of `tfds:`, TFDS's own place if None.
 
     Raises ValueError for an unknown form, dataset, config, split or field, for a glob without a match, a file that
-    cannot be read, a corpus without text, and a dataset prepared in a format without random access.
+    cannot be read, a corpus without text, and a dataset prepared in a format without random access; OSError where
+    there is no network or no room to prepare one.
     """
     # TFDS takes about a second to import: only programs that read text pay for it.
     import tensorflow_datasets as tfds
@@ -70,7 +71,9 @@ def open_source(
     elif source == "stdlib":
         files = stdlib_files()
     else:
-        raise ValueError(f"source={source!r}: expected 'tfds:<name>[/config][:version][:split]', 'files:<glob>' or 'stdlib'")
+        raise ValueError(
+            f"source={source!r}: expected 'tfds:<name>[/config][:version][:split]', 'files:<glob>' or 'stdlib'"
+        )
     folder, corpus = files_dataset(files, cache_dir(data_dir), source)
     return read(tfds.builder_from_directory(folder), source, split, field, corpus.sha256[:16])
 
@@ -83,13 +86,18 @@ def open_tfds(source: str, split: str, field: str | None, data_dir: str | os.Pat
         raise ValueError(f"source={source!r}: expected 'tfds:<name>[/config][:version][:split]'")
     name = match["builder"]
     try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         close = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
         hint = f" Did you mean 'tfds:{close[0]}'?" if close else ""
         raise ValueError(f"source={source!r}: tensorflow-datasets knows no dataset {name!r}.{hint}") from error
+    except ValueError as error:
+        raise ValueError(f"source={source!r}: {error}") from error
     if not builder.is_prepared():
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except OSError as error:  # no network, no room
+            raise OSError(f"source={source!r}: could not be prepared in {builder.data_dir}: {error}") from error
     return read(builder, source, match["split"] or split, field, builder.info.full_name)
 
 
@@ -97,13 +105,20 @@ def read(builder: Any, source: str, split: str, field: str | None, fingerprint: 
     import tensorflow_datasets as tfds
 
     features = builder.info.features
-    texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
+    texts = [key for key in sorted(features) if isinstance(features[key], tfds.features.Text)]
     if field is None:
         field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if field not in texts:
         raise ValueError(f"source={source!r}, field={field!r}: expected one of its text fields: {', '.join(texts)}")
-    if re.split(r"\W", split)[0] not in builder.info.splits:
-        raise ValueError(f"source={source!r}, split={split!r}: its splits are {', '.join(builder.info.splits)}")
+    try:
+        documents = builder.info.splits[split].num_examples
+    except ValueError as error:
+        names = ", ".join(builder.info.splits)
+        raise ValueError(
+            f"source={source!r}, split={split!r}: its splits are {names}, and a part is written 'train[:90%]'"
+        ) from error
+    if not documents:
+        raise ValueError(f"source={source!r}, split={split!r}: it has no example")
     try:
         records = builder.as_data_source(split)
     except NotImplementedError as error:  # TFDS's own word for it
@@ -111,4 +126,4 @@ def read(builder: Any, source: str, split: str, field: str | None, fingerprint: 
             f"source={source!r} is prepared in {builder.data_dir} in a format without random access: delete it there, "
             "or give another data_dir, and it is prepared as array_record"
         ) from error
-    return TextSource(source, f"{fingerprint}/{split}/{len(records)}", records, field)
+    return TextSource(source, f"{fingerprint}/{split}/{documents}", records, field)
