@@ -18,8 +18,8 @@ class LcrTinyPairs(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         text = tfds.features.Text()
-        features = tfds.features.FeaturesDict({"question": text, "answer": text, "score": tfds.features.Scalar(np.int32)})
-        return tfds.core.DatasetInfo(builder=self, features=features)
+        features = {"question": text, "answer": text, "score": tfds.features.Scalar(np.int32)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples(4), "test": self._generate_examples(2)}
