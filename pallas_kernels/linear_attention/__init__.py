@@ -1,0 +1,1 @@
+from pallas_kernels.linear_attention.api import linear_attention as linear_attention

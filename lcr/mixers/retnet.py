@@ -1,0 +1,175 @@
+"""RetNet: multi-scale retention (arXiv 2307.08621)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from pallas_kernels.linear_attention import linear_attention
+
+from lcr.layers.rope import rotate
+from lcr.layers.segments import forget, read_segments
+from lcr.mixers.interface import check_positive
+from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetNetConfig:
+    """Options of `RetNet`.
+
+    num_heads: H, each with keys of width d_model / H (even). None: as many heads of width 64 as fit; if that makes
+        fewer than four, of width 32, then 16.
+    value_factor: width of all values together, as a multiple of d_model.
+    decay_exponents: e_h of the decay 1 - 2^-e_h of each head; None: 5, 6, 7, ... as in the paper. A head remembers
+        about 2^e_h tokens, so with four heads the longest memory is 2^8 tokens.
+    rotation_base: the slowest channel pair turns by 1 / rotation_base radians per token, the fastest by 1.
+    norm_eps: of the root-mean-square norm of each head.
+    dtype: of the compute; parameters are float32. implementation: of `linear_attention`.
+    """
+
+    num_heads: int | None = None
+    value_factor: float = 2
+    decay_exponents: tuple[float, ...] | None = None
+    rotation_base: float = 10_000.0
+    norm_eps: float = 1e-6
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    def __post_init__(self):
+        check_positive(value_factor=self.value_factor, rotation_base=self.rotation_base, norm_eps=self.norm_eps)
+        if self.num_heads is not None:
+            check_positive(num_heads=self.num_heads)
+        if self.decay_exponents is not None:
+            for exponent in self.decay_exponents:
+                check_positive(decay_exponents=exponent)
+
+    def make(self, d_model: int, *, rngs: nnx.Rngs) -> "RetNet":
+        return RetNet(self, d_model, rngs=rngs)
+
+
+@struct.dataclass
+class RetentionState:
+    """retention: S, the decayed sum of k v^T, with k rotated by its absolute position; and the two counters.
+
+    Bytes per sequence: 4 H K V + 8 = 4 value_factor d_model^2 / H + 8.
+    """
+
+    retention: Leaf  # float32[B, H, K, V]
+    segment_id: Leaf  # int32[B]
+    position: Leaf  # int32[B]
+
+
+class RetNet(nnx.Module):
+    """q, k, v = x W_q, x W_k, x W_v; q and k turned by their positions; for each head h with decay gamma_h
+
+        S_t = gamma_h S_{t-1} + k_t v_t^T        o_t = K^-0.5 q_t S_t        gamma_h = 1 - 2^-(5 + h)
+        y = (swish(x W_g) * norm_h(o)) W_o
+
+    (equations 5 to 9). The norm of each head, a group norm in the paper, divides by the root mean square and has no
+    scale of its own, as in the authors' code (torchscale). That code also divides o_t by sqrt(sum_{j<=t}
+    gamma^(t-j)) and, in its parallel form, by the sum of the row's scores where above 1: such factors, one for each
+    row and head, drop out in the norm (up to norm_eps), and this module leaves them out. Its three forms are those
+    of `linear_attention`: the parallel form is one chunk, the chunkwise form many, the recurrent form single tokens.
+    """
+
+    def __init__(self, config: RetNetConfig, d_model: int, *, rngs: nnx.Rngs):
+        check_positive(d_model=d_model)
+        self.config = config
+        self.num_heads, self.key_width, self.value_width = _sizes(config, d_model)
+        values = self.num_heads * self.value_width
+
+        def linear(inputs, outputs, gain):
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=False,
+                dtype=config.dtype,
+                precision=jax.lax.Precision.HIGHEST,
+                kernel_init=nnx.initializers.variance_scaling(gain**2, "fan_avg", "uniform"),
+                rngs=rngs,
+            )
+
+        self.q_proj = linear(d_model, d_model, 2**-2.5)
+        self.k_proj = linear(d_model, d_model, 2**-2.5)
+        self.v_proj = linear(d_model, values, 2**-2.5)
+        self.gate_proj = linear(d_model, values, 2**-2.5)
+        self.out_proj = linear(values, d_model, 2**-1)
+
+    def init_state(self, batch: int, capacity: int = 0, dtype: Any = None) -> RetentionState:
+        """An empty state; `capacity` and `dtype` are ignored (constant size, float32)."""
+        zero = jnp.zeros((batch,), jnp.int32)
+        shape = (batch, self.num_heads, self.key_width, self.value_width)
+        return RetentionState(retention=jnp.zeros(shape, jnp.float32), segment_id=zero, position=zero)
+
+    def __call__(
+        self, x: Activations, state: RetentionState | None = None, segment_ids: SegmentIds | None = None
+    ) -> tuple[Activations, RetentionState]:
+        batch, length, _ = x.shape
+        if state is None:
+            state = self.init_state(batch)
+        segments = read_segments(segment_ids, state.segment_id, state.position, length)
+
+        def heads(projection):
+            return projection(x).reshape(batch, length, self.num_heads, -1)
+
+        frequencies = retention_frequencies(self.key_width, self.config.rotation_base)
+        o, retention = linear_attention(
+            rotate(heads(self.q_proj), segments.positions, frequencies, interleaved=True),
+            rotate(heads(self.k_proj), segments.positions, frequencies, interleaved=True),
+            heads(self.v_proj),
+            jnp.asarray(log_decays(self.num_heads, self.config.decay_exponents), jnp.float32),
+            initial_state=forget(state.retention, segments.continues),
+            segment_ids=segments.ids,
+            implementation=self.config.implementation,
+        )
+        y = _root_mean_square_norm(o, self.config.norm_eps) * nnx.silu(heads(self.gate_proj))
+        y = self.out_proj(y.reshape(batch, length, -1))
+        return y, RetentionState(retention=retention, segment_id=segments.segment_id, position=segments.position)
+
+
+def log_decays(num_heads: int, exponents: tuple[float, ...] | None = None) -> np.ndarray:
+    """log(1 - 2^-e) for each head, float64; e = 5, 6, 7, ... if `exponents` is None."""
+    e = np.arange(5.0, 5.0 + num_heads) if exponents is None else np.asarray(exponents, np.float64)
+    return np.log1p(-(2.0**-e))
+
+
+def retention_frequencies(width: int, base: float = 10_000.0) -> np.ndarray:
+    """RetNet's rotation, radians per token: from 1 to 1 / base, both included (RoPE stops one step short)."""
+    return np.float64(base) ** -np.linspace(0.0, 1.0, width // 2)
+
+
+def _root_mean_square_norm(x: Float[Array, "B T H V"], epsilon: float) -> Float[Array, "B T H V"]:
+    exact = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(exact), axis=-1, keepdims=True)
+    return (exact * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
+
+
+def _sizes(config, d_model):
+    """H, K and V; raises ValueError where they do not divide."""
+    num_heads = config.num_heads or _default_heads(d_model)
+    if d_model % num_heads or d_model // num_heads % 2:
+        fits = [h for h in range(1, d_model // 2 + 1) if d_model % (2 * h) == 0]
+        raise ValueError(
+            f"num_heads={num_heads} with d_model={d_model}: expected heads of an even width d_model / num_heads. "
+            f"For this width num_heads can be {', '.join(map(str, fits)) or 'nothing: make d_model even'}."
+        )
+    values = config.value_factor * d_model
+    if values % num_heads:
+        raise ValueError(
+            f"value_factor={config.value_factor} with d_model={d_model}: the values' width {values} does not divide "
+            f"by num_heads={num_heads}. Choose a value_factor that is a multiple of {num_heads} / {d_model}."
+        )
+    if config.decay_exponents is not None and len(config.decay_exponents) != num_heads:
+        raise ValueError(
+            f"decay_exponents={config.decay_exponents}: expected one for each of num_heads={num_heads} heads"
+        )
+    return num_heads, d_model // num_heads, int(values) // num_heads
+
+
+def _default_heads(d_model):
+    for width in (64, 32, 16):
+        if d_model % width == 0 and d_model // width >= 4:
+            return d_model // width
+    return max(1, d_model // 16)

@@ -1,0 +1,118 @@
+"""The public function of linear attention: checks the call, chooses an implementation."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.linear_attention.chunked import chunked
+from pallas_kernels.linear_attention.reference import reference
+
+# The largest state, in numbers (B H K V), that the token loop keeps in a CPU core's cache. Measured at T = 4096 in
+# float32 on two cores, forward: up to here the loop takes 0.3 to 1.0 of the chunked form's time, at twice as much
+# 1.4 and more. Differentiated, it takes 3 to 11 times the chunked form's at every size.
+LOOP_STATE = 32_768
+
+
+def linear_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "H"] | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Linear attention with scalar decay: the recurrence of RetNet, Mamba-2 and lightning attention.
+
+        S_t = exp(g_t) S_{t-1} + k_t v_t^T          o_t = scale q_t S_t
+
+    q, k, v: one dtype, `[B, T, H, K]`, `[B, T, H, K]` and `[B, T, H, V]`; any T >= 1.
+    log_decay: g, at most 0: `[B, T, H]` (depends on the token), `[H]` (one for each head, which costs nothing per
+        token) or None (no decay). -inf forgets everything.
+    scale: of the output; `K ** -0.5` if None.
+    initial_state: `[B, H, K, V]`, S before the first token; zeros if None.
+    segment_ids: int32 `[B, T]`, see `pallas_kernels.segments`. Padding (0) neither decays nor writes the state and
+        its output is 0; at a document boundary the state is forgotten; the first document continues
+        `initial_state`.
+    implementation: "reference" (token by token), "chunked" (matrix products over chunks of tokens),
+        "loop_forward" (token by token, and chunked where a gradient is asked for), or None: the fastest known.
+
+    Returns o `[B, T, H, V]` in v's dtype and the last S `[B, H, K, V]` in float32 (float64 for float64 inputs).
+    Differentiable (reverse mode) in q, k, v, log_decay and initial_state, given cotangents of both outputs.
+
+    Raises ValueError for shapes or dtypes that do not fit together and for an implementation that is not known.
+
+    Sources: RetNet, arXiv 2307.08621, equations 5 to 7; Mamba-2, arXiv 2405.21060.
+    """
+    _check(q, k, v, log_decay, initial_state, segment_ids)
+    if implementation is None:
+        implementation = default_implementation(q.shape, v.shape[-1], jax.default_backend())
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown implementation {implementation!r} of linear_attention. Known: {', '.join(IMPLEMENTATIONS)}."
+        )
+    _log_choice(implementation)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return IMPLEMENTATIONS[implementation](q, k, v, log_decay, initial_state, segment_ids, scale)
+
+
+def default_implementation(shape: tuple[int, int, int, int], value_width: int, backend: str) -> str:
+    """What `implementation=None` stands for, given q's shape, V and JAX's default backend."""
+    batch, length, heads, width = shape
+    small = batch * heads * width * value_width <= LOOP_STATE
+    return "loop_forward" if backend == "cpu" and small and length > 1 else "chunked"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _loop_forward(q, k, v, log_decay, initial_state, segment_ids, scale):
+    """The token loop, which is the faster one until it has to be differentiated: then the chunked form."""
+    return reference(q, k, v, log_decay, initial_state, segment_ids, scale)
+
+
+def _loop_forward_fwd(q, k, v, log_decay, initial_state, segment_ids, scale):
+    def differentiable(q, k, v, log_decay, initial_state):
+        return chunked(q, k, v, log_decay, initial_state, segment_ids, scale)
+
+    return jax.vjp(differentiable, q, k, v, log_decay, initial_state)
+
+
+def _loop_forward_bwd(scale, pullback, cotangents):
+    return *pullback(cotangents), None
+
+
+_loop_forward.defvjp(_loop_forward_fwd, _loop_forward_bwd)
+
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "loop_forward": _loop_forward}
+
+
+@functools.cache
+def _log_choice(implementation):
+    logging.getLogger(__name__).info("linear_attention: implementation %r", implementation)
+
+
+def _check(q, k, v, log_decay, initial_state, segment_ids):
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q of shape {q.shape}: expected [B, T, H, K] with nothing empty")
+    batch, length, heads, width = q.shape
+    if k.shape != q.shape:
+        raise ValueError(f"k of shape {k.shape} with q of shape {q.shape}: expected the same shape")
+    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v of shape {v.shape} with q of shape {q.shape}: expected [{batch}, {length}, {heads}, V]")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}: expected one float dtype; cast them")
+    if log_decay is not None and log_decay.shape not in ((batch, length, heads), (heads,)):
+        raise ValueError(
+            f"log_decay of shape {log_decay.shape} with q of shape {q.shape}: expected [{batch}, {length}, {heads}] "
+            f"(one for each token and head), [{heads}] (one for each head) or None; a decay for each key channel is "
+            "not supported"
+        )
+    expected = (batch, heads, width, v.shape[-1])
+    if initial_state is not None and initial_state.shape != expected:
+        raise ValueError(f"initial_state of shape {initial_state.shape}: expected [B, H, K, V] = {list(expected)}")
+    if segment_ids is not None and segment_ids.shape != (batch, length):
+        raise ValueError(f"segment_ids of shape {segment_ids.shape}: expected [B, T] = [{batch}, {length}]")

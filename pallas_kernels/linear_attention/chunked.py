@@ -1,0 +1,187 @@
+"""Linear attention chunk by chunk: matrix products inside a chunk, one state between chunks (arXiv 2307.08621 §2.3).
+
+With G_i the sum of the log decays of a chunk's tokens 1..i, S the state before it and C its last token,
+
+    o_i = q_i (exp(G_i) S + sum_{j <= i} exp(G_i - G_j) k_j v_j^T)
+    S  <- exp(G_C) S + sum_j exp(G_C - G_j) k_j v_j^T
+
+Every exponent is a sum of log decays, so never above 0: nothing can overflow, whatever the gates.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.linear_attention.reference import empty_state, step, token_inputs
+from pallas_kernels.segments import document_index
+
+CHUNK = 64  # fastest of 32, 64, 128 and 256 on CPU, forward and backward, for widths from 16 to 128
+
+
+class Chunk(NamedTuple):
+    """One chunk of the inputs; over all chunks, the same with the chunks in front."""
+
+    q: Float[Array, "B C H K"]
+    k: Float[Array, "B C H K"]
+    v: Float[Array, "B C H V"]
+    log_decay: Float[Array, "B C H"] | None  # None: constant
+    index: Int[Array, "B C"] | None  # of the document; None: one document and no padding
+    valid: Bool[Array, "B C"] | None
+
+
+class Decays(NamedTuple):
+    """What the decays (and the document boundaries) make of one chunk, all between 0 and 1.
+
+    between: from token j to token i (0 where i must not see j).
+    since:   from the state before the chunk to token i.
+    until:   from token j to the state after the chunk.
+    total:   from state to state.
+    """
+
+    between: Float[Array, "#B H C C"]
+    since: Float[Array, "#B H C"]
+    until: Float[Array, "#B H C"]
+    total: Float[Array, "#B H"]
+
+
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "H"] | None,
+    initial_state: Float[Array, "B H K V"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """See `linear_attention`. Any T: full chunks are scanned, what is left over is one shorter chunk.
+
+    Backward: differentiated through the scan, with everything inside a chunk computed again; what is kept is one
+    state a chunk, `B H K V / C` numbers a token.
+    """
+    length = q.shape[1]
+    state = empty_state(q, v) if initial_state is None else initial_state
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    if length == 1:
+        token = jax.tree.map(lambda x: x[0], token_inputs(q, k, v, log_decay, segment_ids, scale))
+        state, o = step(state.astype(dtype), *token)
+        return o[:, None].astype(v.dtype), state
+
+    log_decay = jnp.zeros(q.shape[2], dtype) if log_decay is None else _finite(log_decay.astype(dtype))
+    constant = log_decay if log_decay.ndim == 1 else None
+    index, valid = (None, None) if segment_ids is None else document_index(segment_ids)
+    inputs = Chunk(q, k, v, log_decay if constant is None else None, index, valid)
+    count, rest = divmod(length, chunk)
+    whole = length - rest
+    carry = (state.astype(dtype), jnp.zeros(q.shape[0], jnp.int32))
+    outputs = []
+    if count:
+        chunks = jax.tree.map(lambda x: _split(x[:, :whole], count), inputs)
+        carry, o = jax.lax.scan(_body(constant, chunk, scale), carry, chunks)
+        outputs.append(jnp.moveaxis(o, 0, 1).reshape(v.shape[0], whole, *v.shape[2:]))
+    if rest:
+        carry, o = _body(constant, rest, scale)(carry, jax.tree.map(lambda x: x[:, whole:], inputs))
+        outputs.append(o)
+    return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0], carry[0]
+
+
+def _finite(log_decay):
+    """No less than where exp becomes 0 in this dtype (-104 in float32), so that sums of log decays stay small."""
+    smallest = float(jnp.finfo(log_decay.dtype).smallest_subnormal)
+    return jnp.maximum(log_decay, jnp.asarray(np.log(smallest) - 1.0, log_decay.dtype))
+
+
+def _split(x, count):
+    """`[B, T, ...]` to `[T / C, B, C, ...]`."""
+    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+
+
+def _body(constant, length, scale):
+    """The scan's body. Tables of a constant decay are made once, here, unless padding makes rows differ."""
+    table = None if constant is None else _decays(_counts(constant, jnp.ones((1, length), bool)))
+
+    def body(carry, x):
+        state, document = carry  # `document`: the index of the one that the state belongs to
+        dtype = state.dtype
+        if x.log_decay is not None:
+            decays = _decays(_running_sums(x.log_decay, x.valid))
+        else:
+            decays = table if x.valid is None else _decays(_counts(constant, x.valid))
+        if x.valid is not None:
+            decays = _part_documents(decays, x.index, x.valid, document)
+            document = x.index[:, -1]
+        state, o = _chunk(state, x.q.astype(dtype) * scale, x.k.astype(dtype), x.v.astype(dtype), decays)
+        return (state, document), o.astype(x.v.dtype)
+
+    return jax.checkpoint(body, prevent_cse=False)
+
+
+def _chunk(state, q, k, v, decays):
+    """The two formulas above, for all rows and heads."""
+    scores = _product("bihk,bjhk->bhij", q, k) * decays.between
+    inside = _product("bhij,bjhv->bihv", scores, v)
+    before = _product("bihk,bhkv->bihv", q, state) * jnp.moveaxis(decays.since, 1, 2)[:, :, :, None]
+    written = _product("bjhk,bjhv->bhkv", k * jnp.moveaxis(decays.until, 1, 2)[:, :, :, None], v)
+    return decays.total[:, :, None, None] * state + written, inside + before
+
+
+def _product(formula, a, b):
+    return jnp.einsum(formula, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+class Sums(NamedTuple):
+    """G = rate * (the sum of the parts); kept apart because differences of the parts are nearly exact."""
+
+    rate: Float[Array, "H"]
+    parts: tuple[Float[Array, "B H C"] | Float[Array, "B 1 C"], ...]
+
+
+def _counts(log_decay, valid):
+    """G for one decay a head: it times the number of real tokens so far."""
+    return Sums(log_decay, (jnp.cumsum(valid[:, None, :], axis=2, dtype=log_decay.dtype),))
+
+
+def _running_sums(log_decay, valid):
+    """G for decays that depend on the token, in two parts.
+
+    One float32 sum will not do: once a gate of -100 has gone into it, differences of it no longer know a gate of
+    -1e-6. So each log decay is cut into a multiple of 1/512, of which sums are exact, and a small rest.
+    """
+    dtype, (_, length, heads) = log_decay.dtype, log_decay.shape
+    g = log_decay if valid is None else jnp.where(valid[:, :, None], log_decay, jnp.zeros((), dtype))
+    coarse = jax.lax.stop_gradient(jnp.round(g * 512) / 512)
+    lower = jnp.tril(jnp.ones((length, length), dtype))
+    return Sums(jnp.ones(heads, dtype), tuple(_product("ij,bjh->bhi", lower, part) for part in (coarse, g - coarse)))
+
+
+def _decays(sums):
+    """The exponents, masked before `exp`: the upper triangle is positive, and its inf would make NaN gradients."""
+    rate, parts = sums.rate[None, :, None], sums.parts
+    length = parts[0].shape[-1]
+    lower = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    zero = jnp.zeros((), rate.dtype)
+    exponent = rate[..., None] * sum(g[:, :, :, None] - g[:, :, None, :] for g in parts)
+    between = jnp.where(lower, jnp.exp(jnp.where(lower, exponent, zero)), zero)
+    since = jnp.exp(rate * sum(parts))
+    until = jnp.exp(rate * sum(g[:, :, -1:] - g for g in parts))
+    return Decays(between, since, until, since[:, :, -1])
+
+
+def _part_documents(decays, index, valid, document):
+    """Nothing passes from one document to another, nor into or out of padding."""
+    same = (index[:, :, None] == index[:, None, :]) & valid[:, :, None] & valid[:, None, :]
+    first = index == document[:, None]
+    last = index == index[:, -1:]
+
+    def keep(mask, decay):
+        return jnp.where(mask, decay, jnp.zeros((), decay.dtype))
+
+    return Decays(
+        between=keep(same[:, None], decays.between),
+        since=keep((first & valid)[:, None], decays.since),
+        until=keep((last & valid)[:, None], decays.until),
+        total=keep(first[:, -1:], decays.total),
+    )

@@ -1,0 +1,30 @@
+"""The real shapes of linear attention, named once: tests, benchmarks, compile checks and tuning all use these."""
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """Sizes by letter; `decay` is "token" (`log_decay [B, T, H]`), "head" (`[H]`) or "none"."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    decay: str = "token"
+
+
+SHAPES = {
+    # a few heads on a CPU: the token loop's best case; more rows; more heads
+    "few_heads": Shape(B=1, T=4096, H=4, K=64, V=64),
+    "many_rows": Shape(B=8, T=4096, H=4, K=64, V=64),
+    "many_heads": Shape(B=1, T=4096, H=16, K=64, V=64),
+    # RetNet: the default of `lcr.mixers.retnet` at width 256, a small model in training, and 1.3B of the paper
+    "retnet": Shape(B=1, T=4096, H=4, K=64, V=128, decay="head"),
+    "retnet_small": Shape(B=16, T=640, H=4, K=16, V=32, decay="head"),
+    "retnet_1b": Shape(B=4, T=2048, H=8, K=256, V=512, decay="head"),
+    # decoding, and lengths that no chunk divides
+    "decode": Shape(B=8, T=1, H=4, K=64, V=128, decay="head"),
+    "ragged_short": Shape(B=2, T=63, H=2, K=16, V=24),
+    "ragged": Shape(B=1, T=500, H=2, K=16, V=8),
+}
