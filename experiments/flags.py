@@ -1,0 +1,153 @@
+"""What the programs share: reading a configuration from the command line, and telling a user what is wrong.
+
+Nothing here imports JAX, so that `--help` answers at once; the programs import what is heavy inside `main`.
+"""
+
+import logging
+import re
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+USAGE_ERROR = 2  # exit code of what the user can put right; a run that failed exits with 1
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a program: flags, logging, `main`, and an exit code.
+
+    Errors of the user's making print one message and exit with 2; a run that cannot go on (a full disk, a loss that
+    is not finite) with 1; one stopped by a signal with 128 plus the signal's number, as a shell counts.
+    """
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            fail(f"unexpected argument {argv[1]!r}: every argument is a flag, --name=value; see --help")
+        log_briefly()
+        try:
+            main()
+        except reported_errors() as error:
+            fail(str(error), exit_code(error))
+        except KeyboardInterrupt:
+            fail("stopped by Ctrl-C", 130)
+
+    app.run(guarded, flags_parser=parse_flags)
+
+
+def fail(message: str, code: int = USAGE_ERROR) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def reported_errors() -> tuple[type[Exception], ...]:
+    """The errors whose message is all that a user needs. Imported late: it is asked only once one was raised."""
+    from lcr.training.checkpoints import CheckpointError
+    from lcr.training.config import ConfigError
+    from lcr.training.signals import Stopped
+    from lcr.training.trainer import NonFiniteError
+
+    return (ConfigError, CheckpointError, NonFiniteError, Stopped, OSError)
+
+
+def exit_code(error: Exception) -> int:
+    from lcr.training.config import ConfigError
+    from lcr.training.signals import Stopped
+
+    if isinstance(error, Stopped):
+        return 128 + error.signal
+    return USAGE_ERROR if isinstance(error, ConfigError) else 1
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; a flag that is wrong ends the program with one message."""
+    if {"--help", "-help", "-h"} & set(argv):
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
+    if "config" in flags.FLAGS:
+        check_overrides(argv)
+    try:
+        return flags.FLAGS(list(argv))
+    except flags.Error as error:
+        fail(explain(str(error)))
+
+
+def explain(message: str) -> str:
+    """A flag's error, in terms of the configuration where it is about one of its keys."""
+    wrong = re.match(r"flag --config\.([\w.]+)=(.*): ", message, re.DOTALL)
+    if wrong is None:
+        return f"{message} See --help."
+    from lcr.training.config import RULES
+
+    key, value = wrong.groups()
+    expected = RULES[key][1] if key in RULES else "a value of the type that the key has"
+    return f"{key}={value!r}: expected {expected}; set it with --config.{key}=VALUE"
+
+
+def check_overrides(argv: Sequence[str]) -> None:
+    """The configuration file exists, and every `--config.<key>` is a key of it. Ends the program otherwise."""
+    from lcr.mixers.interface import unknown_name
+    from lcr.training.config import flatten
+
+    values = [b if a in ("--config", "-config") else a.split("=", 1)[1] for a, b in config_arguments(argv)]
+    keys = [found[1] for arg in argv if (found := re.match(r"--?(?:no)?config\.([^=]+)", arg))]
+    if not values:
+        if keys:
+            fail(f"--config.{keys[0]}: expected --config=<file> before it, such as experiments/configs/passkey.py")
+        return
+    flat = flatten(load_config(values[-1]))
+    sections = {key.rsplit(".", i)[0] for key in flat for i in range(1, key.count(".") + 1)} | {"model.mixer_options"}
+    for key in keys:
+        if key.startswith("model.mixer_options.") and key not in flat:
+            mixer, _, option = key.removeprefix("model.mixer_options.").partition(".")
+            fail(f"--config.{key}: give options as --config.model.mixer_options=\"{{'{mixer}': {{'{option}': ...}}}}\"")
+        if key not in flat and key not in sections:
+            fail(unknown_name("configuration key", key, flat))
+
+
+def config_arguments(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Each argument that gives the configuration file, with the one after it."""
+    following = [*argv[1:], ""]
+    return [(a, b) for a, b in zip(argv, following, strict=True) if re.match(r"--?config(=|$)", a)]
+
+
+def load_config(name: str) -> ConfigDict:
+    """The configuration of `<file>.py` or `<file>.py:<variant>`: what its `get_config` returns.
+
+    Ends the program with a message where there is no such file, it has no `get_config`, or no such variant.
+    """
+    path, *variant = name.split(":", 1)
+    if not Path(path).is_file():
+        known = ", ".join(sorted(f"experiments/configs/{p.name}" for p in Path(__file__).parent.glob("configs/*.py")))
+        fail(f"--config={name}: there is no file {path!r}; expected <file>.py or <file>.py:<variant>, such as {known}")
+    names = runpy.run_path(path)
+    if "get_config" not in names:
+        fail(f"--config={name}: {path} defines no get_config(variant); expected a function that returns a ConfigDict")
+    try:
+        return names["get_config"](*variant)
+    except ValueError as error:
+        fail(f"--config={name}: {error}")
+
+
+class BriefHandler(logging.Handler):
+    """Log records as plain lines on stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+
+
+def log_briefly() -> None:
+    """This project's news and everyone's warnings; not Orbax's own account of an error, which ours replaces."""
+    handler = BriefHandler()
+    handler.addFilter(
+        lambda record: (record.name.startswith("lcr") or record.levelno >= logging.WARNING)
+        and "orbax" not in Path(record.pathname).parts
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)

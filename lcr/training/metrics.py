@@ -1,0 +1,75 @@
+"""What a run reports: `metrics.jsonl`, one JSON object a row, and the same for TensorBoard (without TensorFlow)."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypedDict
+
+from tensorboardX import SummaryWriter
+
+METRICS = "metrics.jsonl"
+
+
+class Row(TypedDict):
+    """One row. What is a mean is taken over all steps since the row before.
+
+    step:              updates made so far.
+    loss, accuracy:    of the counted tokens: mean cross entropy (nats), share predicted rightly.
+    grad_norm:         mean norm of the gradient before clipping.
+    learning_rate:     of the last step.
+    tokens:            read since the run began, padding left out.
+    tokens_per_second: since the row before, compilation left out.
+    seconds:           of training since the run began, compilation included, time between sessions left out.
+    """
+
+    step: int
+    loss: float
+    accuracy: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+
+
+class MetricsLog:
+    """Appends rows; each is on disk before `write` returns.
+
+    step: rows past it are dropped when the log is opened (they were written after the checkpoint from which the run
+        goes on, and will be written again), and so is a last row that was cut short.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        self.path = workdir / METRICS
+        drop_rows(self.path, step)
+        self._stream = self.path.open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: Row) -> None:
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._tensorboard.add_scalar(f"train/{name}", value, row["step"])
+
+    def close(self) -> None:
+        self._stream.close()
+        self._tensorboard.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a metrics file; a last one that was cut short is left out. No file: no rows."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def drop_rows(path: Path, step: int) -> None:
+    """Rewrites the file without the rows past `step` and without a last line that was cut short."""
+    if not path.is_file():
+        return
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(part, path)

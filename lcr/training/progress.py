@@ -1,0 +1,52 @@
+"""How far a run is, on stderr: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import TextIO
+
+import tqdm
+
+from lcr.training.metrics import Row
+
+
+class Progress:
+    """Shows steps, steps/s, tokens/s, loss and time left; moves when a row is logged.
+
+    shown: False shows nothing.
+    """
+
+    def __init__(self, steps: int, done: int, *, shown: bool = True, stream: TextIO | None = None):
+        self._steps = steps
+        self._stream = sys.stderr if stream is None else stream
+        self._shown = shown
+        self._first = self._done = done
+        self._start = time.perf_counter()
+        self._bar = None
+        if shown and self._stream.isatty():
+            self._bar = tqdm.tqdm(total=steps, initial=done, unit="step", file=self._stream, dynamic_ncols=True)
+
+    def update(self, row: Row) -> None:
+        if not self._shown:
+            return
+        news = f"loss {row['loss']:.4f}, accuracy {row['accuracy']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(news, refresh=False)
+            self._bar.update(row["step"] - self._done)
+        else:
+            rate = (row["step"] - self._first) / max(time.perf_counter() - self._start, 1e-9)
+            left = tqdm.tqdm.format_interval((self._steps - row["step"]) / rate)
+            self.say(f"step {row['step']}/{self._steps}: {news}, {rate:.2f} steps/s, {left} left")
+        self._done = row["step"]
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if not self._shown:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
