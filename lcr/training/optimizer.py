@@ -11,6 +11,7 @@ of the whole gradient.
 import math
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -53,14 +54,23 @@ def make_optimizer(optimizer: ConfigDict, steps: int, decayed: Mapping[str, bool
 
     optimizer: that section of the configuration. steps: of the whole run, for the schedule.
     """
-    adamw = optax.adamw(
-        make_schedule(optimizer, steps),
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        mask=dict(decayed),
-    )
-    if optimizer.clip_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
+    transformations = [
+        optax.adamw(
+            make_schedule(optimizer, steps),
+            b1=optimizer.b1,
+            b2=optimizer.b2,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            mask=dict(decayed),
+        )
+    ]
+    if optimizer.clip_norm:
+        transformations.insert(0, optax.clip_by_global_norm(optimizer.clip_norm))
+    chain = optax.chain(*transformations)
+
+    def update(grads, state, parameters):
+        # Optax raises a float to an integer's power, which a caller with strict dtype promotion would forbid
+        with jax.numpy_dtype_promotion("standard"):
+            return chain.update(grads, state, parameters)
+
+    return optax.GradientTransformation(chain.init, update)

@@ -8,7 +8,7 @@ Everything in `TrainState` is a plain pytree of arrays; the model's graph stays 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class Window:
     steps: Leaf  # int32
 
     @classmethod
-    def empty(cls) -> Self:
+    def empty(cls) -> "Window":
         real, integer = (lambda: zero("float32")), (lambda: zero("int32"))
         return cls(loss=real(), correct=integer(), count=integer(), grad_norm=real(), steps=integer())
 
@@ -93,8 +93,8 @@ class Functional:
         return nnx.merge(self.graph, state, self.other)
 
 
-def named_parameters(state: nnx.State) -> dict[str, nnx.Variable]:
-    """The variables of a state by dotted name, in the state's order."""
+def named_parameters(state: Any) -> dict[str, nnx.Variable]:
+    """The variables of an `nnx.State` by dotted name, in the order of its leaves."""
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 

@@ -9,6 +9,7 @@ not finite is noticed on the device at once, which then leaves the parameters as
 next such place.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -111,10 +112,7 @@ class Trainer:
         self.workdir = workdir
         self.directory = workdir / CHECKPOINTS
         task = make_run_task(config)
-        try:
-            self.batches = make_run_batches(config, task)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data: {error}") from error
+        self.batches = make_run_batches(config, task)
         abstract = make_abstract_model(config, task.tokenizer.vocab_size)
         self.functional = Functional(abstract)
         steps = config.training.steps
@@ -140,7 +138,9 @@ class Trainer:
         if self.step >= training.steps:
             self.progress.say(f"{self.workdir} already has {self.step} steps: nothing to train")
         while self.step < training.steps:
-            self.advance(next(self.batches))
+            with data_errors():
+                batch = next(self.batches)
+            self.advance(batch)
             last = self.step == training.steps
             if self.step % training.log_every == 0 or last:
                 self.log_row()
@@ -235,7 +235,8 @@ class Trainer:
         like = jax.eval_shape(lambda p: init_state(p, self.optimizer), parameters)
         path = self.directory / str(step)
         arrays, run = read_checkpoint(path, to_arrays(like))
-        self.batches.set_state(run["data"])
+        with data_errors():
+            self.batches.set_state(run["data"])
         self.tokens, self.seconds, self.smoothed, self.row = (
             run[key] for key in ("tokens", "seconds", "smoothed_loss", "row")
         )
@@ -270,13 +271,23 @@ def from_arrays(like: TrainState, arrays: dict[str, dict[str, Any]]) -> TrainSta
 
 def make_run_batches(config: ConfigDict, task: Any) -> Iterator[dict[str, np.ndarray]]:
     """The batches that the configuration names."""
-    return make_batches(
-        task,
-        batch_tokens=config.data.batch_tokens,
-        lengths=config.data.lengths,
-        curriculum=config.data.curriculum,
-        seed=config.seed,
-    )
+    with data_errors():
+        return make_batches(
+            task,
+            batch_tokens=config.data.batch_tokens,
+            lengths=config.data.lengths,
+            curriculum=config.data.curriculum,
+            seed=config.seed,
+        )
+
+
+@contextlib.contextmanager
+def data_errors() -> Iterator[None]:
+    """What is wrong with the data is the user's to mend: a corpus that is empty, unreadable or not the run's own."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data: {error}") from error
 
 
 def first_state(config: ConfigDict, vocab_size: int, optimizer: optax.GradientTransformation) -> TrainState:

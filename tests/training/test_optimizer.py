@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import lcr
+import numpy as np
+import pytest
+from flax import nnx
+from lcr.training.config import default_config
+from lcr.training.optimizer import decay_mask, make_optimizer, make_schedule
+from lcr.training.step import Functional
+
+from tests.training.toy import Toy
+
+
+def section(**values):
+    optimizer = default_config().optimizer
+    optimizer.update(values)
+    return optimizer
+
+
+def test_the_learning_rate_rises_and_falls_as_the_formula_says():
+    schedule = make_schedule(section(learning_rate=0.5, warmup_steps=4, final_fraction=0.2), 12)
+    rates = [float(schedule(jnp.int32(step))) for step in range(14)]
+    cosine = [0.5 * (0.2 + 0.8 * (1 + np.cos(np.pi * k / 8)) / 2) for k in range(8)]
+    np.testing.assert_allclose(rates, [0.125, 0.25, 0.375, 0.5, *cosine, 0.1, 0.1], rtol=1e-6)
+
+
+def test_without_warm_up_the_first_step_has_the_whole_rate():
+    schedule = make_schedule(section(learning_rate=0.5, warmup_steps=0), 1)
+    assert float(schedule(jnp.int32(0))) == 0.5
+
+
+def test_norms_gates_and_decays_do_not_decay():
+    variables = Functional(nnx.eval_shape(lambda: Toy({"d_model": 8, "vocab_size": 9}, rngs=nnx.Rngs(0)))).variables
+    assert decay_mask(variables) == {"embedding": True, "log_decay": False, "mix.bias": False, "mix.kernel": True}
+
+
+@pytest.mark.parametrize("mixer", lcr.MIXERS)
+def test_of_each_mixer_what_decays_is_its_matrices(mixer):
+    config = lcr.ModelConfig(vocab_size=9, d_model=32, mixers=(mixer, mixer))
+    model = nnx.eval_shape(lambda: lcr.make_model(config, rngs=nnx.Rngs(0)))
+    variables = Functional(model).variables
+    mask = decay_mask(variables)
+    assert {name for name, decays in mask.items() if decays and len(variables[name].get_value().shape) < 2} == set()
+    assert not any(decays for name, decays in mask.items() if "norm" in name)
+    assert mask["embedding"]
+    kernels = {name: decays for name, decays in mask.items() if name.endswith(".kernel")}
+    assert kernels and all(kernels.values())
+
+
+def test_of_mamba_these_do_not_decay():
+    config = lcr.ModelConfig(vocab_size=9, d_model=32, mixers=("mamba", "mamba"))
+    model = nnx.eval_shape(lambda: lcr.make_model(config, rngs=nnx.Rngs(0)))
+    mask = decay_mask(Functional(model).variables)
+    prefix = "groups.blocks.0."
+    assert {name.removeprefix(prefix) for name, decays in mask.items() if not decays} == {
+        "final_norm.scale", "mixer_norm.scale", "mlp_norm.scale",
+        "mixer.A_log", "mixer.D", "mixer.conv.bias", "mixer.dt_bias", "mixer.dt_kernel",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_one_update_is_adamw_by_hand(clip_norm):
+    settings = section(learning_rate=0.1, warmup_steps=0, weight_decay=0.5, clip_norm=clip_norm, b1=0.9, b2=0.98)
+    parameters = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([3.0])}
+    grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+    optimizer = make_optimizer(settings, 10, {"a": True, "b": False})
+    updates, _ = optimizer.update(grads, optimizer.init(parameters), parameters)
+    scale = 0.2 if clip_norm else 1.0  # the gradient's norm is 5
+    for name, decays in (("a", 0.5), ("b", 0.0)):
+        g, p = np.asarray(grads[name]) * scale, np.asarray(parameters[name])
+        expected = -0.1 * (g / (np.abs(g) + 1e-8) + decays * p)
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-5)
+    assert jax.tree.all(jax.tree.map(lambda x: x.dtype == jnp.float32, updates))

@@ -1,0 +1,55 @@
+"""A model with the decoder's face that compiles in a moment, and small configurations for it."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import lcr
+import pytest
+from flax import nnx
+from lcr.training.config import default_config
+
+
+class Toy(nnx.Module):
+    """Logits from the token, and from the mean of its row so far."""
+
+    def __init__(self, config, *, rngs):
+        d_model = config["d_model"]
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config["vocab_size"], d_model)))
+        self.mix = nnx.Linear(d_model, d_model, rngs=rngs)
+        self.log_decay = nnx.Param(jnp.zeros(d_model), group="no_decay")
+
+    def __call__(self, tokens, states=None, segment_ids=None, *, logits_at=None):
+        x = self.embedding[...][tokens]
+        steps = jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.float32)[None, :, None]
+        x = x + self.mix(jnp.cumsum(x, axis=1) / steps) * jnp.exp(self.log_decay[...])[None, None]
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
+        return jnp.einsum("btd,vd->btv", x, self.embedding[...]), states
+
+
+def toy_config(**values):
+    """A run of a few steps; values by dotted key: `toy_config(**{"training.steps": 4})`."""
+    config = default_config()
+    config.model.d_model = 8
+    config.data.lengths = (96, 100)
+    config.data.batch_tokens = 400
+    config.optimizer.warmup_steps = 2
+    config.training.steps = 12
+    config.training.log_every = 2
+    config.training.checkpoint_every = 5
+    with config.unlocked():
+        config.update_from_flattened_dict(values)
+    return config
+
+
+def make_toy(config, *, rngs):
+    return Toy(config, rngs=rngs)
+
+
+@contextlib.contextmanager
+def toy_models():
+    """Runs train `Toy` instead of a decoder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lcr, "make_model", make_toy)
+        yield
