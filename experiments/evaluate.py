@@ -1,0 +1,90 @@
+"""Evaluates a trained run on a grid, context length x needle depth, however long, in memory that does not grow.
+
+    python -m experiments.evaluate --workdir=runs/mamba
+    python -m experiments.evaluate --workdir=runs/mamba --lengths=1K,64K,1M --depths=0,0.25,0.5,0.75,1 --samples=20
+
+What is not given comes from the section `evaluation` of the run's configuration. A row for each cell is appended to
+<workdir>/results.jsonl as soon as it is known; cells that are there already (same samples, seed and checkpoint) are
+not computed again, so a command that was stopped goes on where it was. `python -m experiments.report` draws them.
+
+Exit codes: 0 every cell is there; 2 a mistake in the command, or no run to evaluate; 130 stopped by Ctrl-C.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from experiments.flags import fail, run
+
+if TYPE_CHECKING:
+    from lcr.evaluation import Grid
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder, as experiments.train made it.")
+LENGTHS = flags.DEFINE_list("lengths", None, "Lengths in tokens, answer included: 640,1024 or 1K,64K,1M (1K = 1024).")
+DEPTHS = flags.DEFINE_list("depths", None, "Where the needle is put: numbers from 0 (start) to 1 (end).")
+SAMPLES = flags.DEFINE_integer(
+    "samples", None, "Prompts for each cell, at every length (evaluation.max_tokens then sets no limit)."
+)
+BATCH = flags.DEFINE_integer("batch", None, "Prompts read side by side, at most.")
+PIECE = flags.DEFINE_integer("piece", None, "Tokens of each prompt read per call.")
+SEED = flags.DEFINE_integer("seed", None, "Of the prompts; the run's own if not given.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest if not given.")
+flags.mark_flags_as_required(["workdir"])
+
+
+def main() -> None:
+    lengths = [parse_length(text) for text in LENGTHS.value] if LENGTHS.value is not None else None
+    depths = [parse_depth(text) for text in DEPTHS.value] if DEPTHS.value is not None else None
+
+    from lcr.evaluation import evaluate_run, print_table, select_series
+    from lcr.evaluation.grid import GridError
+    from lcr.evaluation.results import RESULTS, ResultsError
+    from lcr.training.checkpoints import CheckpointError
+    from lcr.training.config import ConfigError
+    from lcr.training.run import load_run
+
+    try:
+        loaded = load_run(WORKDIR.value, STEP.value)
+        grid = override(loaded.config, lengths, depths)
+        path = loaded.workdir / RESULTS
+        rows = evaluate_run(loaded, grid, path)
+    except (CheckpointError, ConfigError, GridError, ResultsError) as error:
+        fail(str(error))
+    print(print_table(select_series(rows)[0]))
+    print(f"\n{len(rows)} cells in {path}; for pictures: python -m experiments.report --workdir={WORKDIR.value}")
+
+
+def override(config, lengths: list[int] | None, depths: list[float] | None) -> "Grid":
+    """The grid of the configuration with what the command line says instead."""
+    from lcr.evaluation import grid_from_config
+
+    changes = {"lengths": lengths, "depths": depths, "samples": SAMPLES.value}
+    changes |= {"batch": BATCH.value, "piece": PIECE.value, "seed": SEED.value}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if SAMPLES.value is not None:
+        changes["max_tokens"] = 0
+    return dataclasses.replace(grid_from_config(config), **changes)
+
+
+def parse_length(text: str) -> int:
+    """ "640", "64K" or "1M" as a number of tokens. Ends the program where it is none."""
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in ("K", "M") else (text, "")
+    if not digits.isascii() or not digits.isdigit() or int(digits) == 0:
+        fail(f"--lengths: {text!r} is no length: expected a number of tokens above 0, such as 640, 64K or 1M")
+    return int(digits) * {"": 1, "K": 1 << 10, "M": 1 << 20}[unit]
+
+
+def parse_depth(text: str) -> float:
+    """A number from 0 to 1. Ends the program where it is none."""
+    try:
+        depth = float(text)
+    except ValueError:
+        depth = -1.0
+    if not 0 <= depth <= 1:
+        fail(f"--depths: {text!r} is no depth: expected a number from 0 (needle at the start) to 1 (at the end)")
+    return depth
+
+
+if __name__ == "__main__":
+    run(main)

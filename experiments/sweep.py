@@ -1,0 +1,131 @@
+"""Trains and evaluates several architectures, one after another, and ends with one report on them all.
+
+    python -m experiments.sweep --sweep=experiments/sweeps/passkey.py --workdir=runs/passkey
+    python -m experiments.sweep --sweep=experiments/sweeps/passkey.py:mamba,retnet --workdir=runs/passkey
+
+After the colon come the architectures wanted, all if nothing does. Each is trained in <workdir>/<architecture>; the
+rows of all are appended to <workdir>/results.jsonl; the report is <workdir>/report/index.html. The same command given
+again goes on where it was: training from its newest checkpoint, evaluation with the cells that are missing.
+
+Exit codes: 0 all is done; 1 some architecture failed (the message says which and why; the others are done all the
+same); 2 a mistake in the command; 143 or 130 stopped by SIGTERM or Ctrl-C.
+"""
+
+import gc
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments.flags import fail, run
+
+SWEEP = flags.DEFINE_string(
+    "sweep", None, "The sweep: <file>.py or <file>.py:<architecture>,...; see experiments/sweeps/."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's folder; made if it is not there.")
+flags.mark_flags_as_required(["sweep", "workdir"])
+
+# What ends one architecture, not the sweep: everything that a configuration, a mixer or a device does wrong.
+FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, OSError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+
+
+def main() -> None:
+    configs = load_sweep(SWEEP.value)
+    workdir = Path(WORKDIR.value)
+
+    from experiments.report import show
+    from lcr.evaluation import write_report
+    from lcr.evaluation.results import RESULTS, ResultsError, read_rows
+
+    failed = {}
+    try:
+        read_rows(workdir / RESULTS)  # a line that cannot be read is told before hours of training, not after
+        for number, config in enumerate(configs, start=1):
+            print(f"\n{config.name} ({number} of {len(configs)})", file=sys.stderr)
+            try:
+                run_one(config, workdir)
+            except FAILURES as error:
+                failed[config.name] = error
+                report_failure(config.name, error)
+        if len(failed) < len(configs) or (workdir / RESULTS).exists():
+            print()
+            show(write_report(workdir))
+    except ResultsError as error:
+        fail(str(error))
+    if failed:
+        fail(
+            f"{len(failed)} of {len(configs)} architectures failed: "
+            + "; ".join(
+                f"{name}: {str(error).splitlines()[0] if str(error) else repr(error)}" for name, error in failed.items()
+            ),
+            1,
+        )
+
+
+def run_one(config: ConfigDict, workdir: Path) -> None:
+    """Trains one architecture, or goes on with it, and evaluates it."""
+    import jax
+
+    from lcr.evaluation import evaluate_run, grid_from_config
+    from lcr.evaluation.results import RESULTS
+    from lcr.training.run import load_run
+    from lcr.training.trainer import train
+
+    folder = workdir / config.name
+    train(config, folder)
+    # what training left in memory would count as the evaluation's
+    jax.clear_caches()
+    gc.collect()
+    loaded = load_run(folder)
+    evaluate_run(loaded, grid_from_config(loaded.config), workdir / RESULTS)
+    jax.clear_caches()
+
+
+def report_failure(name: str, error: Exception) -> None:
+    """The message alone where it says all, else with where it came from."""
+    from experiments.flags import reported_errors
+
+    if not isinstance(error, reported_errors()):
+        traceback.print_exception(error)
+    print(f"error: {name}: {error}\n{name} is left out for now; the sweep goes on.", file=sys.stderr)
+
+
+def load_sweep(name: str) -> list[ConfigDict]:
+    """The configurations of `<file>.py` or `<file>.py:<architecture>,...`: what its `get_sweep` returns.
+
+    Ends the program with a message where there is no such file, it has no `get_sweep`, an architecture is unknown, or
+    two configurations would share a folder.
+    """
+    path, _, only = name.partition(":")
+    if not Path(path).is_file():
+        known = sorted(p.name for p in Path(__file__).parent.glob("sweeps/*.py") if p.name != "__init__.py")
+        fail(
+            f"--sweep={name}: there is no file {path!r}; expected <file>.py or <file>.py:<architecture>,..., such as "
+            + ", ".join(f"experiments/sweeps/{file}" for file in known)
+        )
+    names = runpy.run_path(path)
+    if "get_sweep" not in names:
+        fail(f"--sweep={name}: {path} defines no get_sweep(only); expected a function that returns configurations")
+    try:
+        configs = names["get_sweep"](only)
+    except ValueError as error:
+        fail(f"--sweep={name}: {error}")
+    labels = [config.name for config in configs]
+    for label in labels:
+        if labels.count(label) > 1:
+            fail(f"--sweep={name}: two configurations are called {label!r}: expected a `name` of its own for each")
+        if label != Path(label).name or label in ("", ".", "..", "report"):
+            fail(f"--sweep={name}: the name {label!r} cannot be a folder's in the workdir: expected letters and digits")
+    if not labels:
+        fail(f"--sweep={name}: {path} gives no configuration; expected at least one")
+    return configs
+
+
+if __name__ == "__main__":
+    run(main)

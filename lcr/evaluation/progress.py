@@ -1,0 +1,69 @@
+"""How far an evaluation is, on stderr: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from typing import TextIO
+
+import tqdm
+
+from lcr.evaluation.tables import write_length, write_rate
+
+EVERY = 10.0  # seconds between plain lines
+
+
+class EvaluationProgress:
+    """Shows the length in hand, prompt tokens read, tokens/s and time left.
+
+    name: of what is evaluated. shown: False shows nothing.
+    """
+
+    def __init__(self, name: str, *, shown: bool = True, stream: TextIO | None = None):
+        self._name = name
+        self._stream = sys.stderr if stream is None else stream
+        self._shown = shown
+        self._bar: tqdm.tqdm | None = None
+        self._total = self._done = 0
+        self._start = self._last = time.perf_counter()
+
+    def start(self, cells: int, tokens: int) -> None:
+        if not cells:
+            self.say(f"{self._name}: every cell is there already")
+            return
+        self.say(f"{self._name}: {cells} cells to do, {tokens:,} prompt tokens")
+        self._total = tokens
+        self._start = self._last = time.perf_counter()
+        if self._shown and self._stream.isatty():
+            self._bar = tqdm.tqdm(
+                total=tokens, unit=" tokens", unit_scale=True, desc=self._name, file=self._stream, dynamic_ncols=True
+            )
+
+    def read(self, length: int, tokens: int) -> None:
+        self._done += tokens
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"length {write_length(length)}", refresh=False)
+            self._bar.update(tokens)
+            return
+        now = time.perf_counter()
+        if self._done < self._total and now - self._last < EVERY:
+            return
+        self._last = now
+        rate = self._done / max(now - self._start, 1e-9)
+        left = tqdm.tqdm.format_interval((self._total - self._done) / rate)
+        self.say(
+            f"{self._name}: {self._done / self._total:.0%} of the tokens, length {write_length(length)}, "
+            f"{write_rate(rate)} tokens/s, {left} left"
+        )
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if not self._shown:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
