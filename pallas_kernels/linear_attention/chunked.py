@@ -64,7 +64,7 @@ def chunked(
     """
     length = q.shape[1]
     state = empty_state(q, v) if initial_state is None else initial_state
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = np.promote_types(q.dtype, np.float32)
     if length == 1:
         token = jax.tree.map(lambda x: x[0], token_inputs(q, k, v, log_decay, segment_ids, scale))
         state, o = step(state.astype(dtype), *token)
@@ -158,13 +158,17 @@ def _running_sums(log_decay, valid):
 
 
 def _decays(sums):
-    """The exponents, masked before `exp`: the upper triangle is positive, and its inf would make NaN gradients."""
+    """Masked before `exp`: above the diagonal the exponents are positive, and an inf would make NaN gradients.
+
+    On the diagonal they are 0 by definition: with no gradient, where differences would leave rounding noise.
+    """
     rate, parts = sums.rate[None, :, None], sums.parts
     length = parts[0].shape[-1]
     lower = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    below = jnp.tril(lower, -1)
     zero = jnp.zeros((), rate.dtype)
     exponent = rate[..., None] * sum(g[:, :, :, None] - g[:, :, None, :] for g in parts)
-    between = jnp.where(lower, jnp.exp(jnp.where(lower, exponent, zero)), zero)
+    between = jnp.where(lower, jnp.exp(jnp.where(below, exponent, zero)), zero)
     since = jnp.exp(rate * sum(parts))
     until = jnp.exp(rate * sum(g[:, :, -1:] - g for g in parts))
     return Decays(between, since, until, since[:, :, -1])

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.segments import document_index
@@ -31,7 +32,7 @@ def reference(
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """See `linear_attention`. Memory of the backward pass: one state for every token."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = np.promote_types(q.dtype, np.float32)
     per_token = token_inputs(q, k, v, log_decay, segment_ids, scale)
     state = empty_state(q, v) if initial_state is None else initial_state.astype(dtype)
     state, o = jax.lax.scan(lambda s, x: step(s, *x), state, per_token)
@@ -40,7 +41,7 @@ def reference(
 
 def token_inputs(q, k, v, log_decay, segment_ids, scale):
     """What `step` takes for each token, time first: q (scaled), k, v, keep, valid."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = np.promote_types(q.dtype, np.float32)
     batch, length, heads = q.shape[:3]
     log_decay = jnp.zeros(heads) if log_decay is None else log_decay
     keep = jnp.broadcast_to(jnp.exp(log_decay.astype(dtype)), (batch, length, heads))
@@ -56,4 +57,4 @@ def token_inputs(q, k, v, log_decay, segment_ids, scale):
 
 def empty_state(q: Float[Array, "B T H K"], v: Float[Array, "B T H V"]) -> Float[Array, "B H K V"]:
     batch, _, heads, width = q.shape
-    return jnp.zeros((batch, heads, width, v.shape[-1]), jnp.promote_types(q.dtype, jnp.float32))
+    return jnp.zeros((batch, heads, width, v.shape[-1]), np.promote_types(q.dtype, np.float32))

@@ -1,0 +1,258 @@
+import functools
+import inspect
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pallas_kernels.linear_attention import api, linear_attention
+from pallas_kernels.linear_attention.chunked import CHUNK
+from pallas_kernels.linear_attention.shapes import SHAPES, Shape
+from tolerances import assert_close
+
+GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
+
+
+def make(shape, packed=False, seed=0, dtype=jnp.float32):
+    """Inputs, keyword inputs, and cotangents of both outputs."""
+    random = np.random.default_rng(seed)
+    B, T, H, K, V, decay = shape
+
+    def normal(*sizes):
+        return jnp.asarray(random.standard_normal(sizes), dtype)
+
+    gates = {"token": (B, T, H), "head": (H,), "none": None}[decay]
+    inputs = {
+        "q": normal(B, T, H, K),
+        "k": normal(B, T, H, K),
+        "v": normal(B, T, H, V),
+        "log_decay": None if gates is None else -0.2 * jnp.abs(normal(*gates)),
+        "initial_state": normal(B, H, K, V),
+    }
+    ids = np.stack([document_ids(T, row, random) for row in range(B)]) if packed else None
+    return inputs, None if ids is None else jnp.asarray(ids), (normal(B, T, H, V), normal(B, H, K, V))
+
+
+def document_ids(length, row, random):
+    """Short documents and padding; row 0 also has a boundary between two chunks and a chunk of padding alone."""
+    ids = np.repeat(random.integers(0, 4, length), random.integers(1, 9, length))[:length].astype(np.int32)
+    if row == 0:
+        ids[CHUNK - 1 : CHUNK + 1] = [5, 6][: len(ids[CHUNK - 1 : CHUNK + 1])]
+        ids[2 * CHUNK : 3 * CHUNK] = 0
+    return ids
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "scale"))
+def outputs_and_gradients(inputs, ids, cotangents, implementation, scale=None):
+    def run(inputs):
+        inputs = dict(inputs)
+        positional = [inputs.pop(name) for name in ("q", "k", "v", "log_decay")]
+        return linear_attention(
+            *positional, **inputs, segment_ids=ids, scale=scale, implementation=implementation
+        )
+
+    outputs, pullback = jax.vjp(run, inputs)
+    return outputs, pullback(cotangents)[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "packed"),
+    [
+        (SHAPES["ragged"], False),
+        (SHAPES["ragged_short"], True),
+        (Shape(B=2, T=200, H=3, K=4, V=6, decay="head"), True),
+        (Shape(B=2, T=130, H=2, K=5, V=3, decay="none"), False),
+        (Shape(B=3, T=1, H=2, K=4, V=6), True),
+    ],
+    ids=lambda x: f"T{x.T}-{x.decay}" if isinstance(x, Shape) else "packed" if x else "",
+)
+def test_chunked_equals_token_by_token(shape, packed):
+    case = make(shape, packed)
+    outputs, gradients = outputs_and_gradients(*case, "chunked")
+    expected_outputs, expected_gradients = outputs_and_gradients(*case, "reference")
+    assert_close(outputs, expected_outputs, "float32")
+    assert_close(gradients, expected_gradients, "float32 gradient")
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        ("retention_fla", "chunked"),
+        ("simple_gla_fla", "chunked"),
+        ("linear_attn_fla", "chunked"),
+        ("simple_gla_fla", "reference"),
+    ],
+)
+def test_oracle(name, implementation):
+    """Numbers of flash-linear-attention: outputs, final state, every gradient."""
+    golden = {key: jnp.asarray(value) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
+    inputs = {key: golden[key] for key in ("q", "k", "v")}
+    inputs["log_decay"] = golden.get("g", golden.get("log_decay"))
+    inputs["initial_state"] = golden.get("h0")
+    outputs, gradients = outputs_and_gradients(
+        inputs, None, (golden["do"], golden["dfinal_state"]), implementation
+    )
+    assert_close(outputs, (golden["o"], golden["final_state"]), "float32 oracle")
+    names = {"q": "dq", "k": "dk", "v": "dv", "log_decay": "dg", "initial_state": "dh0"}
+    compared = {key: golden[name] for key, name in names.items() if name in golden}
+    assert_close({key: gradients[key] for key in compared}, compared, "float32 oracle")
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        case = make(Shape(B=2, T=200, H=3, K=4, V=6), packed=True, dtype=jnp.float64)
+        outputs, gradients = outputs_and_gradients(*case, "chunked")
+        expected = outputs_and_gradients(*case, "reference")
+        assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(outputs))
+        assert_close((outputs, gradients), expected, "float64")
+
+
+def test_bfloat16():
+    inputs, ids, cotangents = make(Shape(B=2, T=128, H=2, K=8, V=8))
+    rounded = {k: v.astype(jnp.bfloat16) if k in ("q", "k", "v") else v for k, v in inputs.items()}
+    cotangents = (cotangents[0].astype(jnp.bfloat16), cotangents[1])
+    outputs, gradients = outputs_and_gradients(rounded, ids, cotangents, "chunked")
+    assert outputs[0].dtype == jnp.bfloat16 and outputs[1].dtype == jnp.float32
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (rounded, cotangents))
+    expected_outputs, expected_gradients = outputs_and_gradients(exact[0], ids, exact[1], "reference")
+    assert_close(outputs, expected_outputs, "bfloat16")
+    assert_close(gradients, expected_gradients, "bfloat16 gradient")
+
+
+GATES = {
+    "slow": lambda random, T: np.full(T, -1e-6),
+    "fast": lambda random, T: np.full(T, -20.0),
+    "none": lambda random, T: np.zeros(T),
+    "mixed": lambda random, T: random.choice([-1e-6, -1e-3, -20.0, 0.0], T, p=[0.5, 0.3, 0.1, 0.1]),
+    "shut": lambda random, T: random.choice([-1e-6, -1e4, -np.inf], T, p=[0.9, 0.05, 0.05]),
+}
+
+
+def test_extreme_gates_over_a_long_sequence():
+    """65,536 tokens, one head for each kind of gate, against float64 token by token (gradients: float64 chunked)."""
+    length, width = 65_536, 4
+    random = np.random.default_rng(0)
+    inputs, ids, cotangents = make(Shape(B=1, T=length, H=len(GATES), K=width, V=width))
+    gates = np.stack([gate(random, length) for gate in GATES.values()], axis=1)
+    inputs["log_decay"] = jnp.asarray(gates[None], jnp.float32)
+    outputs, gradients = outputs_and_gradients(inputs, ids, cotangents, "chunked")
+    with jax.enable_x64(True):
+        exact, exact_cotangents = jax.tree.map(lambda x: x.astype(jnp.float64), (inputs, cotangents))
+        names = ("q", "k", "v", "log_decay", "initial_state")
+        expected = jax.jit(lambda *args: api.IMPLEMENTATIONS["reference"](*args, None, width**-0.5))(
+            *[exact[name] for name in names]
+        )
+        _, expected_gradients = outputs_and_gradients(exact, ids, exact_cotangents, "chunked")
+    for head, kind in enumerate(GATES):
+        assert_close(outputs[0][:, :, head], expected[0][:, :, head], "float32", kind)
+        assert_close(outputs[1][:, head], expected[1][:, head], "float32", kind)
+        for name, gradient in gradients.items():
+            axis = 1 if name == "initial_state" else 2
+            found, wanted = (jnp.take(g, head, axis=axis) for g in (gradient, expected_gradients[name]))
+            assert_close(found, wanted, "float32 gradient", f"{kind} d{name}")
+
+
+def test_a_constant_gate_of_minus_infinity_forgets_everything():
+    inputs, ids, cotangents = make(Shape(B=1, T=20, H=1, K=3, V=2))
+    inputs["log_decay"] = jnp.full((1,), -jnp.inf)
+    (o, state), gradients = outputs_and_gradients(inputs, ids, cotangents, "chunked", scale=1.0)
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    assert_close(o, jnp.sum(q * k, axis=-1, keepdims=True) * v, "float32")
+    assert_close(state, k[:, -1, :, :, None] * v[:, -1, :, None, :], "float32")
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradients))
+
+
+def test_loop_forward_is_the_token_loop_until_it_is_differentiated():
+    inputs, ids, _ = make(SHAPES["ragged_short"], packed=True)
+    arguments = [inputs[name] for name in ("q", "k", "v", "log_decay", "initial_state")]
+    loop = api.IMPLEMENTATIONS["loop_forward"](*arguments, ids, 1.0)
+    assert_close(loop, api.IMPLEMENTATIONS["reference"](*arguments, ids, 1.0), "exact")
+
+
+def test_vmap_scan_and_remat():
+    inputs, _, (weights, _) = make(Shape(B=2, T=70, H=2, K=3, V=3))
+    arguments = [inputs[name] for name in ("q", "k", "v", "log_decay")]
+
+    def loss(q, k, v, g, weights, implementation):
+        o, state = linear_attention(q, k, v, g, implementation=implementation)
+        return jnp.sum(o * weights) + jnp.sum(jnp.sin(state))
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2, 3))
+
+    def row_by_row(*arguments):  # every row once through scan, and vmap over a batch of batches of one row
+        rows = [x[:, None, None] for x in arguments]
+        body = jax.vmap(jax.checkpoint(lambda *row: gradient(*row, "loop_forward")))
+        return jax.lax.scan(lambda carry, row: (carry, body(*row)), 0, rows)[1]
+
+    found = jax.jit(row_by_row)(*arguments, weights)
+    expected = jax.jit(gradient, static_argnums=5)(*arguments, weights, "chunked")
+    assert_close(tuple(x[:, 0, 0] for x in found), expected, "float32 gradient")
+
+
+def test_memory_is_linear_in_length():
+    """Forward and backward together: temporaries of less than four times the inputs' bytes, at 4 and 16 k tokens."""
+
+    def temporary_bytes(length):
+        B, T, H, K, V, _ = shape = Shape(B=1, T=length, H=2, K=32, V=32)
+        inputs = jax.eval_shape(lambda: make(shape)[0])
+        cotangents = (jax.ShapeDtypeStruct((B, T, H, V), jnp.float32), jax.ShapeDtypeStruct((B, H, K, V), jnp.float32))
+        compiled = outputs_and_gradients.lower(inputs, None, cotangents, "chunked").compile()
+        return compiled.memory_analysis().temp_size_in_bytes / sum(x.size * 4 for x in inputs.values())
+
+    short, long = temporary_bytes(4096), temporary_bytes(16_384)
+    assert long < 4
+    assert long < 1.1 * short
+
+
+def test_one_token_is_a_direct_step():
+    inputs, ids, _ = make(SHAPES["decode"], packed=True)
+    positional = [inputs[name] for name in ("q", "k", "v", "log_decay")]
+    state = inputs["initial_state"]
+
+    def run(*args):
+        return linear_attention(*args, initial_state=state, segment_ids=ids)
+
+    assert "scan" not in str(jax.make_jaxpr(run)(*positional))
+    expected = linear_attention(*positional, initial_state=state, segment_ids=ids, implementation="reference")
+    assert_close(run(*positional), expected, "float32")
+
+
+def test_default_follows_the_state_size():
+    assert api.default_implementation((1, 4096, 4, 64), 64, "cpu") == "loop_forward"
+    assert api.default_implementation((8, 4096, 4, 64), 64, "cpu") == "chunked"
+    assert api.default_implementation((1, 1, 4, 64), 64, "cpu") == "chunked"
+    assert api.default_implementation((1, 4096, 4, 64), 64, "gpu") == "chunked"
+
+
+def test_the_choice_is_logged_once(caplog):
+    inputs, _, _ = make(SHAPES["ragged_short"])
+    api._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        for _ in range(2):
+            linear_attention(inputs["q"], inputs["k"], inputs["v"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "linear_attention: implementation 'loop_forward'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.ones((2, 5, 3))}, r"q of shape \(2, 5, 3\): expected \[B, T, H, K\]"),
+        ({"q": jnp.ones((2, 0, 3, 4))}, "nothing empty"),
+        ({"k": jnp.ones((2, 5, 3, 6))}, r"k of shape .* the same shape"),
+        ({"v": jnp.ones((2, 4, 3, 6))}, r"v of shape .* expected \[2, 5, 3, V\]"),
+        ({"v": jnp.ones((2, 5, 3, 6), jnp.bfloat16)}, "one float dtype"),
+        ({"log_decay": jnp.ones((2, 5, 3, 4))}, r"expected \[2, 5, 3\].*\[3\].*not supported"),
+        ({"initial_state": jnp.ones((2, 3, 6, 4))}, r"\[B, H, K, V\] = \[2, 3, 4, 6\]"),
+        ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"\[B, T\] = \[2, 5\]"),
+        ({"implementation": "chunky"}, "unknown implementation 'chunky'.*reference, chunked, loop_forward"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_input(change, message):
+    call = {"q": jnp.ones((2, 5, 3, 4)), "k": jnp.ones((2, 5, 3, 4)), "v": jnp.ones((2, 5, 3, 6))} | change
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(linear_attention)(**call)  # without the type checker of the tests
