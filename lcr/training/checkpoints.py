@@ -210,7 +210,8 @@ class CheckpointWriter:
 
     def _remove_half_written(self) -> None:
         for path in sorted(self.directory.iterdir()):
-            if path.name.split(".")[0].isdigit() and ".corrupt" not in path.name and read_manifest(path) is None:
+            unfinished = path.name.isdigit() and read_manifest(path) is None
+            if unfinished or ".orbax-checkpoint-tmp" in path.name:
                 log.warning("checkpoint %s was not written to the end: removed", path)
                 shutil.rmtree(path)
 

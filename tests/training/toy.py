@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import lcr
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from lcr.training.config import default_config
 
 
@@ -53,3 +54,23 @@ def toy_models():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lcr, "make_model", make_toy)
         yield
+
+
+CACHE_SETTINGS = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@contextlib.contextmanager
+def compiled_programs_kept_in(directory):
+    """One program compiled once, however many runs need it."""
+    settings = {"jax_compilation_cache_dir": str(directory), **CACHE_SETTINGS}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
