@@ -1,0 +1,73 @@
+"""The shapes of `attention` that tests, benchmarks, compile checks and tuning all use, named once."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One call: sizes by their letters (S: None is T, V: None is K), and the options of the op."""
+
+    B: int = 1
+    T: int
+    S: int | None = None
+    H: int
+    G: int
+    K: int
+    V: int | None = None
+    causal: bool = True
+    window: int | None = None
+    soft_cap: float | None = None
+
+    @property
+    def q(self) -> tuple[int, int, int, int]:
+        return self.B, self.T, self.H, self.K
+
+    @property
+    def k(self) -> tuple[int, int, int, int]:
+        return self.B, self.S or self.T, self.G, self.K
+
+    @property
+    def v(self) -> tuple[int, int, int, int]:
+        return self.B, self.S or self.T, self.G, self.V or self.K
+
+    @property
+    def options(self) -> dict:
+        return {"causal": self.causal, "window": self.window, "soft_cap": self.soft_cap}
+
+    @property
+    def forward_flops(self) -> int:
+        """Floating-point operations of both products over the scores that are seen (queries are the last keys)."""
+        length, kv_length = self.T, self.S or self.T
+        before = kv_length - length
+        window = self.window or kv_length
+        if self.causal:
+            seen = sum(min(before + t + 1, window) for t in range(length))
+        else:
+            seen = sum(min(kv_length, kv_length - (before + t) - 1 + window) for t in range(length))
+        return 2 * self.B * self.H * seen * (self.K + (self.V or self.K))
+
+
+# Small and ragged: the conformance suite.
+CONFORMANCE = {
+    "one token": Shape(T=1, H=2, G=2, K=8),
+    "ragged": Shape(B=2, T=63, H=4, G=1, K=8, V=12),
+    "window not causal": Shape(T=90, H=2, G=2, K=8, causal=False, window=9),
+    "into a cache": Shape(B=2, T=33, S=97, H=4, G=2, K=8, soft_cap=2.0),
+    "decode": Shape(B=3, T=1, S=130, H=6, G=2, K=8, V=16, soft_cap=5.0),
+    "more queries than keys": Shape(T=50, S=20, H=2, G=2, K=8),
+}
+
+# Of the models and lengths that matter: benchmarks and compile checks.
+REAL = {
+    "mha 2k": Shape(T=2_048, H=8, G=8, K=64),
+    "mha 4k": Shape(T=4_096, H=8, G=8, K=64),
+    "mha 8k": Shape(T=8_192, H=8, G=8, K=64),
+    "mha 16k": Shape(T=16_384, H=8, G=8, K=64),
+    "mqa 8k": Shape(T=8_192, H=8, G=1, K=64),
+    "llama3 8b 8k": Shape(T=8_192, H=32, G=8, K=128),
+    "mistral 7b 32k": Shape(T=32_768, H=32, G=8, K=128, window=4_096),
+    "gemma2 9b 8k": Shape(T=8_192, H=16, G=8, K=256, soft_cap=50.0),
+    "deepseek v3 4k": Shape(T=4_096, H=128, G=128, K=192, V=128),
+    "llama3 8b prefill 4k of 128k": Shape(T=4_096, S=131_072, H=32, G=8, K=128),
+    "llama3 8b decode 128k": Shape(B=8, T=1, S=131_072, H=32, G=8, K=128),
+}
