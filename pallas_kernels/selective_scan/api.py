@@ -56,7 +56,7 @@ def selective_scan(
         raise ValueError(f"x: shape {x.shape}; expected at least one token")
 
     floats = [a for a in (x, dt, A, B, C, D, initial_state) if a is not None]
-    dtype = jnp.result_type(jnp.float32, *[a.dtype for a in floats if a.dtype == jnp.float64])
+    dtype = jnp.float64 if any(a.dtype == jnp.float64 for a in floats) else jnp.float32
     if D is None:
         D = jnp.zeros((width,), dtype)
     if initial_state is None:

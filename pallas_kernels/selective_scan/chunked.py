@@ -21,33 +21,33 @@ def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids):
     """See `api.selective_scan`; arguments are checked and of one dtype there."""
     length = x.shape[1]
     if segment_ids is None:
-        keep = None
+        starts = None
         x_in = x
     else:
-        # Padding: dt = 0 makes the step the identity. A boundary: the decay is multiplied by 0.
+        # Padding: dt = 0 makes the step the identity. A boundary: the decay is 0.
         index, valid = document_index(segment_ids)
-        keep = (jnp.diff(index, axis=1, prepend=0) == 0).astype(x.dtype)
+        starts = (jnp.diff(index, axis=1, prepend=0) > 0).astype(x.dtype)
         dt = jnp.where(valid[..., None], dt, 0)
         x_in = jnp.where(valid[..., None], x, 0)  # so that what stands in padding is not multiplied by 0
         B = jnp.where(valid[..., None], B, 0)
         C = jnp.where(valid[..., None], C, 0)
     if length == 1:
-        y, final_state = _one_token(x_in, dt, A, B, C, keep, initial_state)
+        y, final_state = _one_token(x_in, dt, A, B, C, starts, initial_state)
     else:
-        y, final_state = _in_chunks(x_in, dt, A, B, C, keep, initial_state)
+        y, final_state = _in_chunks(x_in, dt, A, B, C, starts, initial_state)
     return y + D[None, None] * x_in, final_state
 
 
-def _one_token(x, dt, A, B, C, keep, state):
+def _one_token(x, dt, A, B, C, starts, state):
     x, dt, B, C = x[:, 0], dt[:, 0], B[:, 0], C[:, 0]
     decay = jnp.exp(dt[:, :, None] * A[None])
-    if keep is not None:
-        decay = decay * keep[:, :, None]
+    if starts is not None:
+        decay = decay * (1 - starts[:, :, None])
     state = decay * state + (dt * x)[:, :, None] * B[:, None, :]
     return (state * C[:, None, :]).sum(-1)[:, None], state
 
 
-def _in_chunks(x, dt, A, B, C, keep, initial_state):
+def _in_chunks(x, dt, A, B, C, starts, initial_state):
     batch, length, width = x.shape
     chunk = min(CHUNK_LENGTH, length)
     chunks = -(-length // chunk)
@@ -58,22 +58,22 @@ def _in_chunks(x, dt, A, B, C, keep, initial_state):
         leaf = leaf.reshape(batch // group, group, chunks, chunk, *leaf.shape[2:])
         return jnp.moveaxis(leaf, 1, 3)
 
-    tokens = jax.tree.map(split, (x, dt, B, C, keep))
+    tokens = jax.tree.map(split, (x, dt, B, C, starts))
     states = initial_state.swapaxes(1, 2).reshape(batch // group, group, *A.T.shape)
     y, final_state = jax.lax.map(lambda rows: _scan(*rows[0], A.T, rows[1]), (tokens, states))
     y = jnp.moveaxis(y, 3, 1).reshape(batch, chunks * chunk, width)[:, :length]
     return y, final_state.reshape(batch, *A.T.shape).swapaxes(1, 2)
 
 
-# Below, time comes first: x, dt [T/C, C, B, D]; B, C [T/C, C, B, N]; keep [T/C, C, B] or None; A [N, D];
-# h [B, N, D]. `keep` is 0 at a document's first token, else 1.
+# Below, time comes first: x, dt [T/C, C, B, D]; B, C [T/C, C, B, N]; starts [T/C, C, B] or None; A [N, D];
+# h [B, N, D]. `starts` is 1 at the first token after a boundary, else 0.
 
 
-def _decays_and_inputs(x, dt, B, keep, A):
+def _decays_and_inputs(x, dt, B, starts, A):
     """a_t = exp(dt_t A) (0 at a boundary) and b_t = dt_t B_t x_t, both [C, B, N, D]."""
     a = jnp.exp(dt[:, :, None, :] * A[None, None])
-    if keep is not None:
-        a = a * keep[:, :, None, None]
+    if starts is not None:
+        a = a * (1 - starts[:, :, None, None])
     return a, B[..., None] * (dt * x)[:, :, None, :]
 
 
@@ -88,36 +88,36 @@ def _states(a, b, h):
 
 
 @jax.custom_vjp
-def _scan(x, dt, B, C, keep, A, initial_state):
+def _scan(x, dt, B, C, starts, A, initial_state):
     def chunk(h, tokens):
-        x, dt, B, C, keep = tokens
-        a, b = _decays_and_inputs(x, dt, B, keep, A)
+        x, dt, B, C, starts = tokens
+        a, b = _decays_and_inputs(x, dt, B, starts, A)
         h, states = _states(a, b, h)
         return h, (states * C[..., None]).sum(2)
 
-    h, y = jax.lax.scan(chunk, initial_state, (x, dt, B, C, keep))
+    h, y = jax.lax.scan(chunk, initial_state, (x, dt, B, C, starts))
     return y, h
 
 
-def _scan_forward(x, dt, B, C, keep, A, initial_state):
+def _scan_forward(x, dt, B, C, starts, A, initial_state):
     def chunk(h_start, tokens):
-        x, dt, B, C, keep = tokens
-        a, b = _decays_and_inputs(x, dt, B, keep, A)
+        x, dt, B, C, starts = tokens
+        a, b = _decays_and_inputs(x, dt, B, starts, A)
         h, states = _states(a, b, h_start)
         return h, ((states * C[..., None]).sum(2), h_start)
 
-    h, (y, starts) = jax.lax.scan(chunk, initial_state, (x, dt, B, C, keep))
-    return (y, h), (x, dt, B, C, keep, A, starts)
+    h, (y, h_starts) = jax.lax.scan(chunk, initial_state, (x, dt, B, C, starts))
+    return (y, h), (x, dt, B, C, starts, A, h_starts)
 
 
 def _scan_backward(saved, cotangents):
-    x, dt, B, C, keep, A, starts = saved
+    x, dt, B, C, starts, A, h_starts = saved
     dy, dh_final = cotangents
 
     def chunk(carry, tokens):
         dh, dA = carry
-        x, dt, B, C, keep, h_start, dy = tokens
-        a, b = _decays_and_inputs(x, dt, B, keep, A)
+        x, dt, B, C, starts, h_start, dy = tokens
+        a, b = _decays_and_inputs(x, dt, B, starts, A)
         _, states = _states(a, b, h_start)
         before = jnp.concatenate([h_start[None], states[:-1]])
 
@@ -136,9 +136,9 @@ def _scan_backward(saved, cotangents):
         return (dh, dA), (ddtx * dt, ddt, dB, dC)
 
     carry = (dh_final, jnp.zeros_like(A))
-    (dh, dA), (dx, ddt, dB, dC) = jax.lax.scan(chunk, carry, (x, dt, B, C, keep, starts, dy), reverse=True)
-    dkeep = jax.tree.map(jnp.zeros_like, keep)  # a mask: nothing flows through it
-    return dx, ddt, dB, dC, dkeep, dA, dh
+    (dh, dA), (dx, ddt, dB, dC) = jax.lax.scan(chunk, carry, (x, dt, B, C, starts, h_starts, dy), reverse=True)
+    dstarts = jax.tree.map(jnp.zeros_like, starts)  # a mask: nothing flows through it
+    return dx, ddt, dB, dC, dstarts, dA, dh
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
