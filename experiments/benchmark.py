@@ -1,0 +1,257 @@
+"""Times the ops on this machine against their rivals, in one run: python -m experiments.benchmark cpu
+
+    attention   ours, jax.nn.dot_product_attention, and PyTorch's SDPA where PyTorch is installed
+    scans       selective scan and retention: the default, the chunked form, the token loop, an associative scan
+    streaming   peak memory of reading 65,536 and 1,048,576 tokens through the state
+
+Times are medians in milliseconds, forms of one shape taken in turns, so that the ratios hold on a noisy machine;
+peak memory is the process's high-water mark during the calls, above what it held before them, inputs included.
+The results go to experiments/benchmarks/cpu.json, and the tables of README.md are what this prints.
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+ATTENTION_LENGTHS = (2048, 4096, 8192, 16_384)
+SCAN_SHAPES = ((1, 4096, 512), (8, 4096, 512), (32, 256, 128))  # B, T, D of the selective scan, N = 16
+RETENTION_SHAPES = ((1, 4096, 4), (8, 4096, 4), (1, 4096, 16))  # B, T, H of retention, K = 64, V = 128
+DENSE_BYTES = 4 << 30  # a rival that would hold more than this in T x T scores is left out
+
+PARTS = flags.DEFINE_list("parts", ["attention", "scans", "streaming"], "Which parts to run.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of each form; the median counts.", lower_bound=1)
+OUT = flags.DEFINE_string("out", "experiments/benchmarks/cpu.json", "Where the results go.")
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:] not in ([], ["cpu"]):
+        sys.exit(f"error: {argv[1:]}: the benchmark known here is 'cpu': python -m experiments.benchmark cpu")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    runs = {"attention": attention, "scans": scans, "streaming": streaming}
+    for part in PARTS.value:
+        if part not in runs:
+            sys.exit(f"error: --parts={part}: expected some of {', '.join(runs)}")
+    out = Path(OUT.value)
+    results = json.loads(out.read_text()) if out.exists() else {}
+    for part in PARTS.value:
+        rows = runs[part]()
+        results[part] = {"machine": machine(), "rows": rows}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\n{part}\n\n{table(rows)}\n", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    import jax
+
+    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    if "torch" in sys.modules:
+        versions["torch"] = sys.modules["torch"].__version__
+    return {"cores": len(os.sched_getaffinity(0)), "versions": versions, "date": time.strftime("%Y-%m-%d")}
+
+
+def in_turns(forms: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, float]]:
+    """(median milliseconds, peak MB) of each form; every form once, then every form again, and so on."""
+    from lcr.evaluation.memory import peak_bytes, reset_peak
+
+    times, peaks = {name: [] for name in forms}, {}
+    for name, call in forms.items():  # compile
+        call()
+    for _ in range(REPEATS.value):
+        for name, call in forms.items():
+            reset_peak()
+            before = peak_bytes()
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+            peaks[name] = max(peaks.get(name, 0), peak_bytes() - before)
+    return {name: (1e3 * statistics.median(t), peaks[name] / 1e6) for name, t in times.items()}
+
+
+def forms_of(functions: dict[str, Callable], arguments: tuple, backward: bool) -> dict[str, Callable[[], Any]]:
+    """Each function jitted on the arguments: its value, or the gradient of its first output's squares too."""
+    import jax
+
+    def timed(function):
+        def loss(*arguments):
+            return (jax.tree.leaves(function(*arguments))[0] ** 2).sum()
+
+        call = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arguments))))) if backward else jax.jit(function)
+        return lambda: jax.block_until_ready(call(*arguments))
+
+    return {name: timed(function) for name, function in functions.items()}
+
+
+def attention() -> list[dict[str, Any]]:
+    """Causal attention, float32, batch 1, 8 heads of 64."""
+    import jax
+    from pallas_kernels import attention as ours
+
+    heads, width = 8, 64
+    rows = []
+    for length in ATTENTION_LENGTHS:
+        q, k, v = (jax.random.normal(key, (1, length, heads, width)) for key in jax.random.split(jax.random.key(0), 3))
+        for backward in (False, True):
+            functions = {"lcr": ours}
+            if 4 * heads * length**2 * (3 if backward else 2) <= 2 * DENSE_BYTES:
+                functions["jax.nn"] = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            forms = forms_of(functions, (q, k, v), backward) | torch_sdpa((q, k, v), backward)
+            found = in_turns(forms)
+            flops = 2 * heads * width * length**2 * (3.5 if backward else 1)
+            row = {"tokens": length, "pass": "forward + backward" if backward else "forward"}
+            row |= {f"{name} ms": round(t, 1) for name, (t, _) in found.items()}
+            row["lcr GFLOP/s"] = round(flops / found["lcr"][0] / 1e6)
+            row |= {f"lcr / {name}": round(found["lcr"][0] / t, 2) for name, (t, _) in found.items() if name != "lcr"}
+            rows.append(row | {f"{name} peak MB": round(peak) for name, (_, peak) in found.items()})
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def torch_sdpa(arrays: tuple, backward: bool) -> dict[str, Callable[[], Any]]:
+    """PyTorch's scaled_dot_product_attention on the same numbers, if PyTorch is installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    tensors = [torch.from_numpy(np.array(a)).transpose(1, 2).contiguous() for a in arrays]
+
+    def forward():
+        with torch.no_grad():
+            torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True)
+
+    def both():
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True).square().sum().backward()
+
+    return {"SDPA": both if backward else forward}
+
+
+def scans() -> list[dict[str, Any]]:
+    """The two recurrences against their own token loop and an associative scan over all tokens."""
+    import jax
+    import jax.numpy as jnp
+    from pallas_kernels import linear_attention, selective_scan
+
+    def associative(decay, update):
+        def combine(left, right):
+            return left[0] * right[0], right[0] * left[1] + right[1]
+
+        return jax.lax.associative_scan(combine, (decay, update), axis=1)[1]
+
+    def associative_selective_scan(x, dt, A, B, C):
+        states = associative(jnp.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None])
+        return jnp.einsum("btdn,btn->btd", states, C)
+
+    def associative_retention(q, k, v, log_decay):
+        update = jnp.einsum("bthk,bthv->bthkv", k, v)
+        decay = jnp.broadcast_to(jnp.exp(log_decay)[None, None, :, None, None], (*q.shape[:3], 1, 1))
+        return jnp.einsum("bthk,bthkv->bthv", q, associative(decay, update)) * q.shape[-1] ** -0.5
+
+    cases = []
+    for batch, length, width in SCAN_SHAPES:
+        keys = jax.random.split(jax.random.key(0), 5)
+        arguments = (
+            jax.random.normal(keys[0], (batch, length, width)),
+            jax.nn.softplus(jax.random.normal(keys[1], (batch, length, width)) - 3),
+            -jnp.exp(jax.random.normal(keys[2], (width, 16))),
+            jax.random.normal(keys[3], (batch, length, 16)),
+            jax.random.normal(keys[4], (batch, length, 16)),
+        )
+        shape = f"B {batch}, T {length}, D {width}, N 16"
+        cases.append(("selective_scan", shape, selective_scan, arguments, associative_selective_scan, width * 16))
+    for batch, length, heads in RETENTION_SHAPES:
+        keys = jax.random.split(jax.random.key(0), 3)
+        widths = (64, 64, 128)
+        arguments = tuple(
+            jax.random.normal(key, (batch, length, heads, w)) for key, w in zip(keys, widths, strict=True)
+        )
+        arguments += (jnp.log1p(-(2.0 ** -(5 + jnp.arange(heads, dtype=jnp.float32)))),)
+        shape = f"B {batch}, T {length}, H {heads}, K 64, V 128"
+        cases.append(("retention", shape, linear_attention, arguments, associative_retention, heads * 64 * 128))
+
+    rows = []
+    for name, shape, op, arguments, rival, state in cases:
+        states_bytes = 4 * arguments[0].shape[0] * arguments[0].shape[1] * state
+        for backward in (False, True):
+            functions = {
+                "default": op_form(op, None),
+                "chunked": op_form(op, "chunked"),
+                "token loop": op_form(op, "reference"),
+            }
+            if states_bytes * (4 if backward else 2) <= DENSE_BYTES:
+                functions["associative"] = rival
+            found = in_turns(forms_of(functions, arguments, backward))
+            best = min(t for form, (t, _) in found.items() if form in ("token loop", "associative"))
+            row = {"op": name, "shape": shape, "pass": "forward + backward" if backward else "forward"}
+            row |= {f"{form} ms": round(t, 1) for form, (t, _) in found.items()}
+            row["default / best rival"] = round(found["default"][0] / best, 2)
+            rows.append(row | {f"{form} peak MB": round(peak) for form, (_, peak) in found.items()})
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def op_form(op: Callable, implementation: str | None) -> Callable:
+    return lambda *arguments: op(*arguments, implementation=implementation)[0]
+
+
+def streaming() -> list[dict[str, Any]]:
+    """Peak resident memory of streaming a prompt through a two-layer decoder of width 64, in pieces of 4,096."""
+    import jax
+    import jax.numpy as jnp
+    import lcr
+    import numpy as np
+    from flax import nnx
+
+    from lcr.evaluation.memory import peak_bytes, reset_peak
+
+    rows = []
+    for mixer in ("mamba", "retnet"):
+        model = lcr.make_model({"vocab_size": 256, "d_model": 64, "mixers": (mixer,) * 2}, rngs=nnx.Rngs(0))
+        graph, parameters = nnx.split(model)
+
+        @jax.jit
+        def piece(parameters, tokens, states, graph=graph):
+            last = jnp.full((1, 1), tokens.shape[1] - 1, jnp.int32)
+            return nnx.merge(graph, parameters)(tokens, states, logits_at=last)
+
+        peaks = {}
+        for length in (65_536, 1_048_576):
+            reset_peak()
+            start = time.perf_counter()
+            tokens = np.random.default_rng(0).integers(1, 256, (1, length), np.int32)
+            states = model.init_states(1, length)
+            for at in range(0, length, 4096):
+                logits, states = piece(parameters, tokens[:, at : at + 4096], states)
+            jax.block_until_ready(logits)
+            peaks[length] = peak_bytes()
+            seconds = time.perf_counter() - start
+            rows.append({"mixer": mixer, "tokens": length, "peak MB": round(peaks[length] / 1e6, 1),
+                         "state bytes": lcr.state_bytes(states), "tokens/s": round(length / seconds)})  # fmt: skip
+        rows[-1]["peak / peak at 65,536"] = round(peaks[1_048_576] / peaks[65_536], 3)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; a value that a row lacks is shown as not run."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        cells = [row.get(column, "–") for column in columns]
+        lines.append("| " + " | ".join(f"{c:,}" if isinstance(c, (int, float)) else c for c in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app.run(main)

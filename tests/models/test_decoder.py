@@ -1,0 +1,145 @@
+"""The decoder: equal to transformers' Mamba, states in and out, stacking, and what it refuses."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import lcr
+import numpy as np
+import pytest
+from flax import nnx
+from tolerances import assert_close
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "mamba_transformers.npz"
+SMALL = {"vocab_size": 31, "d_model": 16, "mixers": ("mamba", "mamba")}
+
+
+def build(**changes):
+    return lcr.make_model({**SMALL, **changes}, rngs=nnx.Rngs(0))
+
+
+def tokens(batch=2, length=12, seed=0):
+    return jax.random.randint(jax.random.key(seed), (batch, length), 1, SMALL["vocab_size"], jnp.int32)
+
+
+def transformers_mamba():
+    """The golden model in ours: each of its weights by name, transposed where its linear layers are [out, in]."""
+    arrays = dict(np.load(GOLDEN))
+    model = lcr.make_model(
+        {"vocab_size": 139, "d_model": 52, "mixers": ("mamba",) * 3, "d_ff": 0,
+         "mixer_options": {"mamba": {"state_size": 11, "dt_rank": 5}}},
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+
+    def stacked(name):
+        return np.stack([arrays.pop(f"backbone.layers.{i}.{name}") for i in range(3)])
+
+    block = model.groups.blocks[0]
+    block.mixer_norm.scale[...] = stacked("norm.weight")
+    for name in ("in_proj", "x_proj", "out_proj"):
+        getattr(block.mixer, name).kernel[...] = stacked(f"mixer.{name}.weight").swapaxes(1, 2)
+    block.mixer.conv.weight[...] = stacked("mixer.conv1d.weight")[:, :, 0, ::-1].swapaxes(1, 2)
+    block.mixer.conv.bias[...] = stacked("mixer.conv1d.bias")
+    block.mixer.dt_kernel[...] = stacked("mixer.dt_proj.weight").swapaxes(1, 2)
+    block.mixer.dt_bias[...] = stacked("mixer.dt_proj.bias")
+    block.mixer.A_log[...] = stacked("mixer.A_log")
+    block.mixer.D[...] = stacked("mixer.D")
+    model.embedding[...] = arrays.pop("backbone.embeddings.weight")
+    model.final_norm.scale[...] = arrays.pop("backbone.norm_f.weight")
+    ids, at, expected = (arrays.pop(name) for name in ("input_ids", "at", "logits"))
+    assert not arrays, f"weights without a place: {sorted(arrays)}"
+    return model, jnp.asarray(ids), at, expected
+
+
+def test_equals_the_mamba_of_transformers():
+    model, ids, at, expected = transformers_mamba()
+    logits, _ = model(ids)
+    assert_close(logits[:, at], expected, "float32 oracle")
+    states, outputs = None, []
+    for start, end in ((0, 32), (32, 33), (33, 67)):
+        part, states = model(ids[:, start:end], states)
+        outputs.append(part)
+    assert_close(jnp.concatenate(outputs, axis=1)[:, at], expected, "float32 oracle")
+
+
+def test_logits_at_chosen_positions():
+    model = build()
+    ids = tokens()
+    logits, states = model(ids)
+    at = jnp.array([[0, 11], [5, 5]], jnp.int32)
+    chosen, chosen_states = model(ids, logits_at=at)
+    assert chosen.shape == (2, 2, 31)
+    assert_close(chosen, jnp.take_along_axis(logits, at[..., None], axis=1), "float32")
+    assert_close(chosen_states, states, "float32")
+    assert model(ids, logits_at=at[:, :0])[0].shape == (2, 0, 31)
+    assert logits.dtype == build(dtype="bfloat16")(ids)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("mixers", [("mamba", "mamba"), ("mamba", "retnet", "mamba", "retnet"), ("gqa", "mamba", "mamba")])
+def test_pieces_through_the_states_equal_the_whole(mixers):
+    model = build(mixers=mixers, tie_embeddings=False)
+    ids = tokens()
+    segment_ids = jnp.array([[1] * 5 + [0] * 2 + [2] * 5, [3] * 12], jnp.int32)
+    states = model.init_states(2, 12)
+    whole = model(ids, states, segment_ids)
+    first, states = model(ids[:, :7], states, segment_ids[:, :7])
+    second, states = model(ids[:, 7:], states, segment_ids[:, 7:])
+    assert_close((jnp.concatenate([first, second], axis=1), states), whole, "float32")
+
+
+def test_a_hybrid_is_a_mixed_tuple_stacked_by_its_repeating_group():
+    model = build(mixers=("mamba", "mamba", "gqa") * 2)
+    assert model.config.pattern == ("mamba", "mamba", "gqa")
+    assert build(mixers=("mamba", "gqa", "mamba")).config.pattern == ("mamba", "gqa", "mamba")
+    states = model.init_states(4, 100)
+    assert len(states) == 3
+    assert all(leaf.shape[:2] == (2, 4) for leaf in jax.tree.leaves(states))
+    kernels = nnx.state(model.groups.blocks[0].mixer.in_proj)["kernel"]
+    assert not np.allclose(kernels[0], kernels[1]), "layers of one group start alike"
+
+
+def test_the_program_does_not_grow_with_depth():
+    def program(depth):
+        model = build(mixers=("mamba",) * depth)
+        graph, parameters = nnx.split(model)
+        return str(jax.make_jaxpr(lambda p: nnx.merge(graph, p)(tokens())[0])(parameters)).count("\n")
+
+    assert program(12) == program(2)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_no_gradient(remat):
+    def gradient(remat):
+        graph, parameters = nnx.split(build(remat=remat))
+        return jax.jit(jax.grad(lambda p: (nnx.merge(graph, p)(tokens())[0] ** 2).sum()))(parameters)
+
+    assert_close(gradient(remat), gradient("none"), "float32 gradient")
+
+
+def test_compute_dtype_leaves_parameters_in_float32():
+    model = build(dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    assert model.init_states(1, 8)[0].conv.dtype == jnp.bfloat16
+    assert_close(model(tokens())[0], build()(tokens())[0], "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixers": ("mamba", "mambo")}, "unknown mixer 'mambo'. Did you mean 'mamba'"),
+        ({"mixers": "mamba"}, r"expected a tuple of names, like \('mamba',\)"),
+        ({"mixers": ()}, "at least one"),
+        ({"d_modle": 16}, "unknown model option 'd_modle'. Did you mean 'd_model'"),
+        ({"mixer_options": {"mamba": {"state_sise": 4}}}, "'state_sise'. Did you mean 'state_size'"),
+        ({"mixer_options": {"gqa": {}}}, "mixer_options: unknown mixer of this model 'gqa'"),
+        ({"mixer_options": {"mamba": {"dt_min": 0.5}}}, "dt_min=0.5: expected at most dt_max=0.1"),
+        ({"mixer_options": {"mamba": {"state_size": -1}}}, "state_size=-1: expected a number above 0"),
+        ({"dtype": "float16"}, "dtype: unknown value 'float16'. .*bfloat16, float32"),
+        ({"remat": "all"}, "remat: unknown value 'all'"),
+        ({"d_model": 0}, "d_model=0: expected a number above 0"),
+        ({"mixers": ("mha",), "mixer_options": {"mha": {"num_heads": 3}}}, "num_heads"),
+    ],
+)
+def test_errors_name_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)

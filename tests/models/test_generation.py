@@ -1,0 +1,78 @@
+"""Greedy and sampled decoding."""
+
+import jax
+import jax.numpy as jnp
+import lcr
+import numpy as np
+import pytest
+from flax import nnx
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = {"vocab_size": 31, "d_model": 16, "mixers": ("mamba", "gqa")}
+    return lcr.make_model(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return jax.random.randint(jax.random.key(0), (2, 9), 1, 31, jnp.int32)
+
+
+def by_hand(model, prompt, count):
+    """Greedy decoding that computes the whole sequence again for every token."""
+    for _ in range(count):
+        logits, _ = model(prompt)
+        prompt = jnp.concatenate([prompt, jnp.argmax(logits[:, -1:], -1).astype(jnp.int32)], axis=1)
+    return prompt[:, -count:]
+
+
+def test_greedy_equals_decoding_without_a_state(model, prompt):
+    generated, _ = lcr.generate(model, prompt, max_new_tokens=4)
+    assert generated.dtype == jnp.int32
+    np.testing.assert_array_equal(generated, by_hand(model, prompt, 4))
+
+
+def test_goes_on_from_a_state(model, prompt):
+    whole, _ = lcr.generate(model, prompt, max_new_tokens=4)
+    _, states = model(prompt[:, :5], model.init_states(2, 16))
+    first, states = lcr.generate(model, prompt[:, 5:], max_new_tokens=1, states=states)
+    # The states are after the generated token, so the next call starts with its successor's input.
+    np.testing.assert_array_equal(first, whole[:, :1])
+    logits, _ = model(jnp.concatenate([prompt, first], axis=1))
+    again, _ = model(prompt, model.init_states(2, 16))
+    assert int(states[0].position[0, 0]) == 10
+    np.testing.assert_array_equal(jnp.argmax(logits[:, -1], -1), whole[:, 1])
+
+
+def test_rows_of_unequal_length_are_padded_anywhere(model, prompt):
+    generated, _ = lcr.generate(model, prompt[:1, :6], max_new_tokens=3)
+    for at in (slice(0, 6), slice(3, 9)):
+        padded = prompt.at[0].set(7).at[0, at].set(prompt[0, :6])
+        segment_ids = jnp.ones_like(prompt).at[0].set(0).at[0, at].set(1)
+        mixed, _ = lcr.generate(model, padded, max_new_tokens=3, segment_ids=segment_ids)
+        np.testing.assert_array_equal(mixed[:1], generated)
+        np.testing.assert_array_equal(mixed[1:], by_hand(model, prompt[1:], 3))
+
+
+def test_sampling_follows_its_key_and_temperature(model, prompt):
+    def sample(seed, temperature):
+        return lcr.generate(model, prompt, max_new_tokens=8, temperature=temperature, key=jax.random.key(seed))[0]
+
+    np.testing.assert_array_equal(sample(1, 1.0), sample(1, 1.0))
+    assert (np.asarray(sample(1, 1.0)) != np.asarray(sample(2, 1.0))).any()
+    np.testing.assert_array_equal(sample(1, 1e-6), lcr.generate(model, prompt, max_new_tokens=8)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0: expected 0"),
+        ({"temperature": 0.5}, r"sampling needs key=jax.random.key\(seed\)"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: expected at least 1"),
+        ({"segment_ids": jnp.zeros((2, 9), jnp.int32)}, "every row needs at least one token"),
+    ],
+)
+def test_errors(model, prompt, changes, message):
+    with pytest.raises(ValueError, match=message):
+        lcr.generate(model, prompt, **{"max_new_tokens": 2, **changes})
