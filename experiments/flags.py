@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
+
+flags.disclaim_key_flags()  # a flag defined here belongs to the program that asked for it, and to its --help
 
 USAGE_ERROR = 2  # exit code of what the user can put right; a run that failed exits with 1
 
@@ -37,6 +39,21 @@ def run(main: Callable[[], None]) -> None:
             fail("stopped by Ctrl-C", 130)
 
     app.run(guarded, flags_parser=parse_flags)
+
+
+def define_config() -> flags.FlagHolder:
+    """The flag --config, and with it --config.<key> for every key of the file's configuration."""
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "The configuration: <file>.py or <file>.py:<variant>; see experiments/configs/."
+    )
+    # ml_collections' own way to load the file needs what Python has deprecated, and hides errors in a traceback
+    flags.FLAGS["config"].parser = ConfigParser()
+    return holder
+
+
+class ConfigParser(flags.ArgumentParser):
+    def parse(self, argument: str) -> ConfigDict:
+        return load_config(argument).lock()
 
 
 def fail(message: str, code: int = USAGE_ERROR) -> NoReturn:
@@ -78,7 +95,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def explain(message: str) -> str:
     """A flag's error, in terms of the configuration where it is about one of its keys."""
-    wrong = re.match(r"flag --config\.([\w.]+)=(.*): ", message, re.DOTALL)
+    wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
     if wrong is None:
         return f"{message} See --help."
     from lcr.training.config import RULES

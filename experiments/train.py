@@ -15,13 +15,10 @@ disk, loss not finite: the message has the last good checkpoint); 143 or 130 sto
 """
 
 from absl import flags
-from ml_collections import config_flags
 
-from experiments.flags import run
+from experiments.flags import define_config, run
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The configuration: <file>.py or <file>.py:<variant>; see experiments/configs/."
-)
+CONFIG = define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; made if it is not there.")
 flags.mark_flags_as_required(["config", "workdir"])
 
