@@ -34,8 +34,8 @@ flags.mark_flags_as_required(["workdir"])
 
 
 def main() -> None:
-    lengths = [parse_length(text) for text in LENGTHS.value] if LENGTHS.value is not None else None
-    depths = [parse_depth(text) for text in DEPTHS.value] if DEPTHS.value is not None else None
+    lengths = tuple(map(parse_length, LENGTHS.value)) if LENGTHS.value is not None else None
+    depths = tuple(map(parse_depth, DEPTHS.value)) if DEPTHS.value is not None else None
 
     from lcr.evaluation import evaluate_run, print_table, select_series
     from lcr.evaluation.grid import GridError
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"\n{len(rows)} cells in {path}; for pictures: python -m experiments.report --workdir={WORKDIR.value}")
 
 
-def override(config, lengths: list[int] | None, depths: list[float] | None) -> "Grid":
+def override(config, lengths: tuple[int, ...] | None, depths: tuple[float, ...] | None) -> "Grid":
     """The grid of the configuration with what the command line says instead."""
     from lcr.evaluation import grid_from_config
 

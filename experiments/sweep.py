@@ -39,8 +39,7 @@ def main() -> None:
     configs = load_sweep(SWEEP.value)
     workdir = Path(WORKDIR.value)
 
-    from experiments.report import show
-    from lcr.evaluation import write_report
+    from lcr.evaluation import describe_report, write_report
     from lcr.evaluation.results import RESULTS, ResultsError, read_rows
 
     failed = {}
@@ -51,27 +50,18 @@ def main() -> None:
             try:
                 run_one(config, workdir)
             except FAILURES as error:
-                failed[config.name] = error
-                report_failure(config.name, error)
+                failed[config.name] = tell_failure(config.name, error)
         if len(failed) < len(configs) or (workdir / RESULTS).exists():
-            print()
-            show(write_report(workdir))
+            print("\n" + describe_report(write_report(workdir)))
     except ResultsError as error:
         fail(str(error))
     if failed:
-        fail(
-            f"{len(failed)} of {len(configs)} architectures failed: "
-            + "; ".join(
-                f"{name}: {str(error).splitlines()[0] if str(error) else repr(error)}" for name, error in failed.items()
-            ),
-            1,
-        )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        fail(f"{len(failed)} of {len(configs)} architectures failed: {reasons}", 1)
 
 
 def run_one(config: ConfigDict, workdir: Path) -> None:
     """Trains one architecture, or goes on with it, and evaluates it."""
-    import jax
-
     from lcr.evaluation import evaluate_run, grid_from_config
     from lcr.evaluation.results import RESULTS
     from lcr.training.run import load_run
@@ -79,21 +69,22 @@ def run_one(config: ConfigDict, workdir: Path) -> None:
 
     folder = workdir / config.name
     train(config, folder)
-    # what training left in memory would count as the evaluation's
-    jax.clear_caches()
-    gc.collect()
+    gc.collect()  # what training left in memory would count as the evaluation's
     loaded = load_run(folder)
     evaluate_run(loaded, grid_from_config(loaded.config), workdir / RESULTS)
-    jax.clear_caches()
 
 
-def report_failure(name: str, error: Exception) -> None:
-    """The message alone where it says all, else with where it came from."""
+def tell_failure(name: str, error: Exception) -> str:
+    """Prints the message, and where it came from unless it says all by itself; returns its first line."""
     from experiments.flags import reported_errors
 
-    if not isinstance(error, reported_errors()):
+    if isinstance(error, reported_errors()):
+        message = str(error)
+    else:
         traceback.print_exception(error)
-    print(f"error: {name}: {error}\n{name} is left out for now; the sweep goes on.", file=sys.stderr)
+        message = f"{type(error).__name__}: {error}"
+    print(f"error: {name}: {message}\n{name} is left out for now; the sweep goes on.", file=sys.stderr)
+    return message.splitlines()[0]
 
 
 def load_sweep(name: str) -> list[ConfigDict]:

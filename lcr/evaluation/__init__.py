@@ -7,7 +7,7 @@ report = write_report("runs/mamba")
 
 from lcr.evaluation.cells import evaluate_run
 from lcr.evaluation.grid import Grid, grid_from_config
-from lcr.evaluation.report import Report, write_report
+from lcr.evaluation.report import Report, describe_report, write_report
 from lcr.evaluation.results import Row, append_row, read_rows
 from lcr.evaluation.series import Series, select_series
 from lcr.evaluation.tables import print_table
@@ -18,6 +18,7 @@ __all__ = [
     "Row",
     "Series",
     "append_row",
+    "describe_report",
     "evaluate_run",
     "grid_from_config",
     "print_table",

@@ -4,7 +4,8 @@ import dataclasses
 import datetime
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -100,7 +101,7 @@ def evaluate_grid(
         ),
     )
     for length, depths in missing.items():
-        for depth, cell in run_length(streamer, task, grid, length, depths, progress.read):
+        for depth, cell in run_length(streamer, task, grid, length, depths, progress):
             row = make_row(streamer, task, subject, grid, length, depth, cell)
             append_row(path, row)
             known[row.key] = row
@@ -118,14 +119,12 @@ def run_length(
     grid: Grid,
     length: int,
     depths: Sequence[float],
-    on_read: Callable[[int, int], None],
+    progress: EvaluationProgress,
 ) -> Iterator[tuple[float, Cell]]:
     """Evaluates the cells of one length, yielding each when it is complete.
 
     The rows of all depths are read together in batches of equal size; the last one is filled up with copies of its
     last row, so that one program serves them all.
-
-    on_read: called now and then with the length and the prompt tokens read since the last call.
     """
     samples = grid.samples_at(length)
     jobs = [(depth, sample) for depth in depths for sample in range(samples)]
@@ -134,7 +133,9 @@ def run_length(
     batches = math.ceil(len(jobs) / grid.batch)
     size = math.ceil(len(jobs) / batches)
     prompt_length = length - task.answer_length
+    started = time.perf_counter()
     streamer.programs(size, prompt_length, task.answer_length)
+    progress.compiled(time.perf_counter() - started)
     # a million tokens of a small vocabulary need not take four bytes each
     prompts = np.empty((size, prompt_length), np.min_scalar_type(task.tokenizer.vocab_size - 1))
     cells = {depth: Cell() for depth in depths}
@@ -147,9 +148,13 @@ def run_length(
             cells[depth].expected.append(example.tokens[prompt_length:].copy())
             cells[depth].positions.append(example.needle_position)
         prompts[len(group) :] = prompts[len(group) - 1]
-        reply = streamer.answer(prompts, task.answer_length, lambda read, n=len(group): on_read(length, read * n))
+
+        def on_piece(tokens: int, rows: int = len(group)) -> None:
+            progress.read(length, tokens * rows)
+
+        reply = streamer.answer(prompts, task.answer_length, on_piece)
         peak = peak_bytes()
-        for (depth, _), answer in zip(group, reply.tokens, strict=False):
+        for (depth, _), answer in zip(group, reply.tokens[: len(group)], strict=True):
             cells[depth].predicted.append(answer)
         for depth in dict(group):
             cell = cells[depth]

@@ -37,6 +37,14 @@ class EvaluationProgress:
                 total=tokens, unit=" tokens", unit_scale=True, desc=self._name, file=self._stream, dynamic_ncols=True
             )
 
+    def compiled(self, seconds: float) -> None:
+        """Takes the seconds spent compiling out of rate and time left, and tells of them if they were many."""
+        self._start += seconds
+        if self._bar is not None:
+            self._bar.start_t += seconds
+        if seconds > 1:
+            self.say(f"{self._name}: compiled for {seconds:.1f} s")
+
     def read(self, length: int, tokens: int) -> None:
         self._done += tokens
         if self._bar is not None:

@@ -79,6 +79,13 @@ def write_report(workdir: str | os.PathLike) -> Report:
     return Report(print_table(series), [path for path, _ in heatmaps], accuracy[0], state[0], page, notes)
 
 
+def describe_report(report: Report) -> str:
+    """What a program prints at its end: the table, the notes, and where everything lies."""
+    places = [("heat-map", path) for path in report.heatmaps]
+    places += [("against length", report.accuracy), ("against state", report.state), ("page", report.page)]
+    return "\n".join([report.table, "", *report.notes, *(f"{name:<15} {path}" for name, path in places)])
+
+
 def unique_names(labels: list[str]) -> list[str]:
     """Names for files: letters, digits, dots and dashes, each different from the others."""
     names: list[str] = []

@@ -254,11 +254,13 @@ def test_a_task_without_questions_is_refused(tmp_path):
 def test_progress_shows_rate_and_time_left(capsys):
     progress = EvaluationProgress("mamba")
     progress.start(2, 1000)
+    progress.compiled(2.0)
     progress.read(500, 600)
     progress.read(500, 400)
     progress.close()
     shown = capsys.readouterr().err
     assert "mamba: 2 cells to do, 1,000 prompt tokens" in shown
+    assert "mamba: compiled for 2.0 s" in shown
     assert "100% of the tokens, length 500" in shown and "tokens/s" in shown and "left" in shown
     assert "60%" not in shown, "lines on a log are far between"
 
