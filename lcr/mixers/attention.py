@@ -1,0 +1,283 @@
+"""Softmax attention with a key-value cache: MHA, MQA and GQA, with rotary positions and a sliding window."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from pallas_kernels.attention.api import IMPLEMENTATIONS, attention
+from pallas_kernels.segments import document_index
+
+from lcr.layers.norms import RMSNorm
+from lcr.layers.rope import apply_rope
+from lcr.layers.segments import Segments, forget, read_segments
+from lcr.mixers.interface import check_choice, check_positive
+from lcr.typing import Activations, Array, Bool, Int, Leaf, SegmentIds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Options of `Attention`.
+
+    num_heads, head_dim: H and K; one of them gives the other as d_model / it, both together need not multiply to
+        d_model, and by default heads are as wide (16 to 128) as leaves at least four of them where that is possible.
+    num_kv_heads: G, a divisor of H; None: H.
+    window: a token sees so many tokens of its document, itself among them; None: all before it.
+    positions: "rope" or "none". rope_base: base of RoPE's wavelengths.
+    qk_norm: RMS norm with a learned scale over the channels of each query and key head, before RoPE.
+    soft_cap: scores become soft_cap tanh(score / soft_cap).
+    dtype: of the compute; parameters are float32. implementation: of `pallas_kernels.attention`.
+    """
+
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    window: int | None = None
+    positions: str = "rope"
+    rope_base: float = 10_000.0
+    qk_norm: bool = False
+    soft_cap: float | None = None
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("num_heads", "num_kv_heads", "head_dim", "window", "rope_base", "soft_cap"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            check_positive(**{name: value})
+            if name not in ("rope_base", "soft_cap") and not isinstance(value, int):
+                raise ValueError(f"{name}={value!r}: expected a whole number")
+        check_choice("positions", self.positions, ("rope", "none"))
+        if self.implementation is not None:
+            check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+
+    def head_sizes(self, d_model: int) -> tuple[int, int, int]:
+        """`(H, G, K)` for a model of this width. Raises: ValueError where they do not divide."""
+        width = self.head_dim
+        if self.num_heads is None:
+            width = width or _default_head_dim(d_model)
+            heads = _divide(d_model, "head_dim", width)
+        else:
+            heads = self.num_heads
+            width = width or _divide(d_model, "num_heads", heads)
+        kv_heads = self.num_kv_heads or self.default_kv_heads(heads)
+        if heads % kv_heads:
+            divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={heads}: expected one of {divisors}")
+        if self.positions == "rope" and width % 2:
+            raise ValueError(f"head_dim={width}: RoPE turns pairs of channels; expected an even one, or no positions")
+        return heads, kv_heads, width
+
+    def default_kv_heads(self, num_heads: int) -> int:
+        return num_heads
+
+    def make(self, d_model: int, *, rngs: nnx.Rngs) -> "Attention":
+        return Attention(self, d_model, rngs=rngs)
+
+
+class MHAConfig(AttentionConfig):
+    """Multi-head attention (arXiv 1706.03762): a key-value head for each query head."""
+
+    def head_sizes(self, d_model: int) -> tuple[int, int, int]:
+        heads, kv_heads, width = super().head_sizes(d_model)
+        if kv_heads != heads:
+            raise ValueError(
+                f"num_kv_heads={kv_heads} with {heads} heads: multi-head attention has a key-value head for each; "
+                "leave it out, or take the mixer 'gqa'"
+            )
+        return heads, kv_heads, width
+
+
+class MQAConfig(AttentionConfig):
+    """Multi-query attention (arXiv 1911.02150): one key-value head for all."""
+
+    def head_sizes(self, d_model: int) -> tuple[int, int, int]:
+        heads, kv_heads, width = super().head_sizes(d_model)
+        if kv_heads != 1:
+            raise ValueError(
+                f"num_kv_heads={kv_heads}: multi-query attention has one key-value head; "
+                "leave it out, or take the mixer 'gqa'"
+            )
+        return heads, kv_heads, width
+
+    def default_kv_heads(self, num_heads: int) -> int:
+        return 1
+
+
+class GQAConfig(AttentionConfig):
+    """Grouped-query attention (arXiv 2305.13245): by default groups of 4 heads from 8 heads on, else groups of 2."""
+
+    def default_kv_heads(self, num_heads: int) -> int:
+        for group in (4, 2):
+            if num_heads % group == 0 and num_heads >= 2 * group:
+                return num_heads // group
+        return 1
+
+
+def _default_head_dim(d_model: int) -> int:
+    for width, least_heads in ((128, 16), (64, 4), (32, 4)):
+        if d_model % width == 0 and d_model // width >= least_heads:
+            return width
+    return 16
+
+
+def _divide(d_model: int, name: str, part: int) -> int:
+    if d_model % part:
+        raise ValueError(
+            f"{name}={part} does not divide d_model={d_model}: expected a divisor, or both num_heads and head_dim"
+        )
+    return d_model // part
+
+
+@struct.dataclass
+class KVCache:
+    """The keys (after norm and RoPE) and values of the last S tokens of the document in hand, and the two counters.
+
+    The token at position p of its document lies in slot p % S; slots not yet written are zero. With a window W,
+    S = min(capacity, W). Bytes per sequence: 2 S G K itemsize + 8.
+    """
+
+    keys: Leaf  # [B, S, G, K]
+    values: Leaf  # [B, S, G, K]
+    segment_id: Leaf  # int32[B]
+    position: Leaf  # int32[B]
+
+
+class Attention(nnx.Module):
+    """q, k, v = x W_q, x W_k, x W_v; o = attention(rope(norm(q)), rope(norm(k)), v); out = o W_o.
+
+    Positions count the real tokens of a document. A call sees at most as many tokens as its state holds: past its
+    capacity S a cache is a sliding window of S, and then a sequence fed whole to that state gives what it gives
+    piece by piece. `state=None` makes a cache for the T tokens of the call (fewer if the window is shorter).
+    New keys and values are rounded to the cache's dtype before they are attended to.
+    """
+
+    def __init__(self, config: AttentionConfig, d_model: int, *, rngs: nnx.Rngs):
+        check_positive(d_model=d_model)
+        self.config = config
+        self.heads, self.kv_heads, self.head_dim = config.head_sizes(d_model)
+
+        def linear(inputs, outputs):
+            return nnx.Linear(
+                inputs, outputs, use_bias=False, dtype=config.dtype, precision=jax.lax.Precision.HIGHEST, rngs=rngs
+            )
+
+        self.query = linear(d_model, self.heads * self.head_dim)
+        self.key = linear(d_model, self.kv_heads * self.head_dim)
+        self.value = linear(d_model, self.kv_heads * self.head_dim)
+        self.out = linear(self.heads * self.head_dim, d_model)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(self.head_dim, epsilon=1e-6)
+            self.key_norm = RMSNorm(self.head_dim, epsilon=1e-6)
+
+    def init_state(self, batch: int, capacity: int, dtype: Any = None) -> KVCache:
+        """An empty cache for `capacity` tokens (for the window, if that is shorter)."""
+        check_positive(capacity=capacity)
+        slots = capacity if self.config.window is None else min(capacity, self.config.window)
+        shape = (batch, slots, self.kv_heads, self.head_dim)
+        return KVCache(
+            keys=jnp.zeros(shape, dtype or self.config.dtype),
+            values=jnp.zeros(shape, dtype or self.config.dtype),
+            segment_id=jnp.zeros((batch,), jnp.int32),
+            position=jnp.zeros((batch,), jnp.int32),
+        )
+
+    def __call__(
+        self, x: Activations, state: KVCache | None = None, segment_ids: SegmentIds | None = None
+    ) -> tuple[Activations, KVCache]:
+        batch, length, _ = x.shape
+        before = self.init_state(batch, length) if state is None else state
+        segments = read_segments(segment_ids, before.segment_id, before.position, length)
+        q, k, v = self._project(x, segments.positions)
+        k, v = k.astype(before.keys.dtype), v.astype(before.values.dtype)
+        after = _append(before, k, v, segments)
+
+        options = {"soft_cap": self.config.soft_cap, "implementation": self.config.implementation}
+        if length == 1:
+            o = _attend_slots(q, after, segments, options)
+        elif state is None:
+            positions = None if segments.ids is None else segments.positions
+            o = attention(
+                q, k, v, segment_ids=segments.ids, q_positions=positions, kv_positions=positions,
+                window=self.config.window, **options,
+            )  # fmt: skip
+        else:
+            o = _attend_slots_and_new(q, k, v, before, segments, self.config.window, options)
+        return self.out(o.reshape(batch, length, -1)), after
+
+    def _project(self, x, positions):
+        """Queries, keys and values by head, `[B, T, H or G, K]`, normed and turned."""
+
+        def split(y):
+            return y.reshape(*y.shape[:2], -1, self.head_dim)
+
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        if self.config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.config.positions == "rope":
+            q, k = (apply_rope(y, positions, base=self.config.rope_base) for y in (q, k))
+        return q, k, v
+
+
+def _append(cache: KVCache, k, v, segments: Segments) -> KVCache:
+    """The cache after a call's tokens: the last S of the row's last document, each in its slot."""
+    slots, length = cache.keys.shape[1], k.shape[1]
+    keys, values = cache.keys, cache.values
+    kept = segments.positions >= segments.position[:, None] - slots
+    if segments.ids is not None:
+        document, valid = document_index(segments.ids)
+        last = document[:, -1:]
+        kept &= valid & (document == last)
+        keys, values = forget((keys, values), segments.continues & (last[:, 0] == 0))
+    nowhere = slots + jnp.arange(length, dtype=jnp.int32)[None, :]  # out of range, so dropped; and each its own
+    slot = jnp.where(kept, segments.positions % slots, nowhere)
+    row = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
+
+    def write(old, new):
+        return old.at[row, slot].set(new, mode="drop", unique_indices=True)
+
+    return KVCache(
+        keys=write(keys, k), values=write(values, v), segment_id=segments.segment_id, position=segments.position
+    )
+
+
+def _slot_positions(cache: KVCache) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
+    """The position of the token in each slot (the last one before `cache.position` that falls there); if any."""
+    slots = cache.keys.shape[1]
+    slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
+    latest = cache.position[:, None] - 1
+    positions = latest - (latest - slot) % slots
+    return positions, positions >= 0
+
+
+def _attend_slots(q, cache: KVCache, segments: Segments, options):
+    """One new token, already in its slot: it sees every slot written, and no copy of the cache is made."""
+    _, written = _slot_positions(cache)
+    valid = jnp.ones(q.shape[:2], bool) if segments.ids is None else segments.ids != 0
+    ids, slot_ids = valid.astype(jnp.int32), written.astype(jnp.int32)
+    return attention(q, cache.keys, cache.values, causal=False, segment_ids=ids, kv_segment_ids=slot_ids, **options)
+
+
+def _attend_slots_and_new(q, k, v, cache: KVCache, segments: Segments, window, options):
+    """Several new tokens after those of the cache, which are of document 1 if the first new ones go on with it."""
+    slot_positions, written = _slot_positions(cache)
+    if segments.ids is None:
+        ids = jnp.ones(q.shape[:2], jnp.int32)
+    else:
+        document, valid = document_index(segments.ids)
+        ids = jnp.where(valid, document + 1, 0)
+        written &= segments.continues[:, None]
+    slots = cache.keys.shape[1]
+    return attention(
+        q,
+        jnp.concatenate([cache.keys, k], axis=1),
+        jnp.concatenate([cache.values, v], axis=1),
+        window=slots if window is None else min(window, slots),
+        segment_ids=ids,
+        kv_segment_ids=jnp.concatenate([written.astype(jnp.int32), ids], axis=1),
+        q_positions=segments.positions,
+        kv_positions=jnp.concatenate([slot_positions, segments.positions], axis=1),
+        **options,
+    )

@@ -1,0 +1,275 @@
+"""What is special about the attention mixer: its ring cache, its options, and models of others rebuilt around it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from lcr.mixers.attention import AttentionConfig, GQAConfig, MHAConfig, MQAConfig
+from lcr.mixers.interface import state_bytes
+from tolerances import assert_close
+
+D_MODEL = 32
+SMALL = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+
+
+def make(config=AttentionConfig, d_model=D_MODEL, seed=0, **options):
+    return config(**options).make(d_model, rngs=nnx.Rngs(seed))
+
+
+def inputs(length, batch=2, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, length, D_MODEL), np.float32))
+
+
+@nnx.jit
+def apply(mixer, x, state=None, segment_ids=None):
+    return mixer(x, state, segment_ids)
+
+
+@nnx.jit
+def apply_by_token(mixer, x, state, segment_ids):
+    """Single steps, scanned."""
+
+    def step(state, token):
+        y, state = mixer(token[0][:, None], state, token[1][:, None])
+        return state, y[:, 0]
+
+    state, y = jax.lax.scan(step, state, (x.swapaxes(0, 1), segment_ids.swapaxes(0, 1)))
+    return y.swapaxes(0, 1), state
+
+
+# Rows with padding at the left, in the middle and at the right, boundaries, an id that comes back.
+IDS = jnp.asarray(
+    [
+        [0, 0, 3, 3, 3, 0, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 5, 5, 5, 5],
+        [1, 1, 1, 2, 2, 0, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0],
+        [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4],
+    ],
+    jnp.int32,
+)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_ring_drops_the_oldest_however_it_is_fed(dtype):
+    """A cache of 5 slots: whole, in pieces of 10 and token by token; the cache's rounding is the same in each."""
+    mixer, x = make(**SMALL), inputs(20, batch=3)
+    empty = mixer.init_state(3, 5, dtype=dtype)
+    assert empty.keys.dtype == dtype
+    whole, state = apply(mixer, x, empty, IDS)
+    first, middle = apply(mixer, x[:, :10], empty, IDS[:, :10])
+    second, end = apply(mixer, x[:, 10:], middle, IDS[:, 10:])
+    assert_close(jnp.concatenate([first, second], axis=1), whole, "float32", "pieces")
+    steps, last = apply_by_token(mixer, x, empty, IDS)
+    assert_close(steps, whole, "float32", "tokens")
+    as_float32 = functools.partial(jax.tree.map, lambda a: a.astype(jnp.float32))
+    for found in (end, last):
+        assert_close(as_float32(found), as_float32(state), "float32" if dtype == jnp.float32 else "bfloat16", "state")
+    assert not jnp.any(whole[IDS == 0])
+    assert jnp.array_equal(state.position, jnp.asarray([4, 3, 20]))
+    assert jnp.array_equal(state.segment_id, jnp.asarray([5, 1, 4]))
+    assert not jnp.any(state.keys[1, 3:])  # what was in those slots belonged to an earlier document
+
+    if dtype == jnp.float32:  # and a capacity of 5 is a window of 5
+        windowed = make(**SMALL, window=5)
+        assert_close(apply(windowed, x, None, IDS)[0], whole, "float32", "window")
+
+
+def test_documents_alone():
+    mixer, x = make(**SMALL, qk_norm=True), inputs(20, batch=3)
+    together, _ = apply(mixer, x, None, IDS)
+    for row, start in ((1, 0), (1, 14), (0, 16)):  # row 1 has ids 1, 2, 1
+        alone, _ = apply(mixer, x[row : row + 1, start : start + 3])
+        assert_close(together[row, start : start + 3], alone[0], "float32")
+
+
+def test_decode_after_prefill_of_a_fresh_state():
+    """`state=None` makes room for the call's tokens and no more: the next token pushes out the first."""
+    mixer, x = make(**SMALL), inputs(7)
+    _, state = apply(mixer, x[:, :6])
+    assert state.keys.shape[1] == 6
+    y, _ = apply(mixer, x[:, 6:], state)
+    assert_close(y, apply(make(**SMALL, window=6), x)[0][:, 6:], "float32")
+
+
+def test_gradients_through_the_ring():
+    """In x and in the keys of the state, across pieces that overwrite slots."""
+    mixer, x = make(**SMALL), inputs(9)
+    graph, params = nnx.split(mixer)
+    _, start = apply(mixer, inputs(4, seed=5))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(cuts, params, x, keys):
+        def loss(params, x, keys):
+            mixer, state, total = nnx.merge(graph, params), start.replace(keys=keys), 0.0
+            for begin, end in zip((0, *cuts), (*cuts, x.shape[1]), strict=True):
+                y, state = mixer(x[:, begin:end], state)
+                total = total + jnp.sum(y * jnp.cos(y))
+            return total + jnp.sum(state.keys * state.values)
+
+        return jax.grad(loss, (0, 1, 2))(params, x, keys)
+
+    whole = gradients((), params, x, start.keys)
+    assert jnp.abs(whole[2]).max() > 1e-3
+    assert_close(gradients((8,), params, x, start.keys), whole, "float32 gradient")
+
+
+def test_groups_are_repeated_heads():
+    grouped = make(num_heads=4, num_kv_heads=2, head_dim=8)
+    full = make(MHAConfig, num_heads=4, head_dim=8)
+    nnx.update(full.query, nnx.state(grouped.query))
+    nnx.update(full.out, nnx.state(grouped.out))
+    for name in ("key", "value"):
+        kernel = getattr(grouped, name).kernel[...].reshape(D_MODEL, 2, 8)
+        getattr(full, name).kernel[...] = jnp.repeat(kernel, 2, axis=1).reshape(D_MODEL, 32)
+    x = inputs(11)
+    assert_close(apply(grouped, x)[0], apply(full, x)[0], "float32")
+
+
+def test_reference_equals_default():
+    x = inputs(12)
+    options = dict(**SMALL, window=5, soft_cap=1.5, qk_norm=True, positions="none")
+    for state in (None, make(**options).init_state(2, 8)):
+        both = [apply(make(**options, implementation=name), x, state) for name in (None, "reference")]
+        assert_close(*both, "float32")
+
+
+def test_bfloat16_compute():
+    mixer = make(**SMALL, qk_norm=True, dtype=jnp.bfloat16)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(nnx.state(mixer)))
+    y, state = apply(mixer, inputs(9))
+    assert y.dtype == state.keys.dtype == jnp.bfloat16
+    assert_close(y.astype(jnp.float32), apply(make(**SMALL, qk_norm=True), inputs(9))[0], "bfloat16")
+
+
+@pytest.mark.parametrize(("window", "slots"), [(None, 100), (16, 16), (300, 100)])
+def test_state_bytes(window, slots):
+    state = make(**SMALL, window=window).init_state(3, 100, dtype=jnp.bfloat16)
+    assert state_bytes(state) == 3 * (2 * slots * 2 * 8 * 2 + 8)
+
+
+def test_a_donated_cache_is_written_in_place():
+    mixer = make(**SMALL)
+    state = mixer.init_state(1, 4_096)
+    graph, params = nnx.split(mixer)
+
+    def step(state, params, x):
+        return nnx.merge(graph, params)(x, state)
+
+    compiled = jax.jit(step, donate_argnums=0).lower(state, params, inputs(1, batch=1)).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= state_bytes(state)
+    assert memory.temp_size_in_bytes < state.keys.nbytes
+
+
+@pytest.mark.parametrize(
+    ("config", "d_model", "sizes"),
+    [
+        (AttentionConfig, 16, (1, 1, 16)),
+        (AttentionConfig, 48, (3, 3, 16)),
+        (MQAConfig, 64, (4, 1, 16)),
+        (GQAConfig, 16, (1, 1, 16)),
+        (GQAConfig, 48, (3, 1, 16)),
+        (GQAConfig, 64, (4, 2, 16)),
+        (GQAConfig, 512, (8, 2, 64)),
+        (MHAConfig, 2_048, (16, 16, 128)),
+    ],
+)
+def test_default_heads(config, d_model, sizes):
+    assert config().head_sizes(d_model) == sizes
+
+
+@pytest.mark.parametrize(
+    ("message", "config", "options"),
+    [
+        ("num_heads=5 does not divide d_model=32", AttentionConfig, {"num_heads": 5}),
+        ("head_dim=12 does not divide d_model=32", AttentionConfig, {"head_dim": 12}),
+        ("num_kv_heads=3 does not divide num_heads=4", AttentionConfig, {"num_heads": 4, "num_kv_heads": 3}),
+        ("multi-head attention", MHAConfig, {"num_heads": 4, "num_kv_heads": 2}),
+        ("multi-query attention", MQAConfig, {"num_heads": 4, "num_kv_heads": 2}),
+        ("head_dim=3", AttentionConfig, {"num_heads": 2, "head_dim": 3}),
+        ("num_heads=0", AttentionConfig, {"num_heads": 0}),
+        ("soft_cap=-1", AttentionConfig, {"soft_cap": -1.0}),
+        ("Did you mean 'rope'", AttentionConfig, {"positions": "rop"}),
+        ("chunked", AttentionConfig, {"implementation": "chunky"}),
+    ],
+)
+def test_bad_options(message, config, options):
+    with pytest.raises(ValueError, match=message):
+        make(config, **options)
+
+
+def test_sizes_are_whole_numbers():
+    config = AttentionConfig()
+    object.__setattr__(config, "window", 2.5)  # past the annotations, which only the tests check
+    with pytest.raises(ValueError, match=r"window=2\.5: expected a whole number"):
+        config.__post_init__()
+
+
+def test_capacity_must_be_positive():
+    with pytest.raises(ValueError, match="capacity=0"):
+        make(**SMALL).init_state(1, 0)
+
+
+def load(case):
+    layers = np.load(f"tests/golden/attention_{case}_mlp.npz")
+    return {name: jnp.asarray(a) for file in (layers, np.load(f"tests/golden/attention_{case}.npz"))
+            for name, a in file.items()}  # fmt: skip
+
+
+def rebuilt_model(weights, config, epsilon):
+    """The decoder of a Hugging Face model with our mixer in it: `(x, states, ids) -> logits, states`."""
+    width = weights["embedding"].shape[1]
+    mixers = []
+    for i in range(3):
+        mixer = config.make(width, rngs=nnx.Rngs(0))
+        for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
+            getattr(mixer, ours).kernel[...] = weights[f"{i}.self_attn.{theirs}"].T
+        if config.qk_norm:
+            mixer.query_norm.scale[...] = weights[f"{i}.self_attn.q_norm"]
+            mixer.key_norm.scale[...] = weights[f"{i}.self_attn.k_norm"]
+        mixers.append(mixer)
+
+    def norm(x, scale):
+        return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale[None, None]
+
+    def project(x, weight):
+        return jnp.einsum("btd,fd->btf", x, weight, precision="highest")
+
+    @jax.jit
+    def run(x, states, ids):
+        new_states = []
+        for i, mixer in enumerate(mixers):
+            y, state = mixer(norm(x, weights[f"{i}.input_layernorm"]), states[i], ids)
+            new_states.append(state)
+            x = x + y
+            y = norm(x, weights[f"{i}.post_attention_layernorm"])
+            gated = jax.nn.silu(project(y, weights[f"{i}.mlp.gate"])) * project(y, weights[f"{i}.mlp.up"])
+            x = x + project(gated, weights[f"{i}.mlp.down"])
+        return project(norm(x, weights["final_norm"]), weights["head"]), new_states
+
+    return run, mixers
+
+
+def test_qwen3():
+    """Grouped heads with query and key norms, the whole sequence at once."""
+    weights = load("qwen3")
+    config = AttentionConfig(num_heads=9, num_kv_heads=3, head_dim=12, rope_base=1e6, qk_norm=True)
+    run, _ = rebuilt_model(weights, config, epsilon=1e-6)
+    logits, _ = run(weights["embedding"][weights["tokens"]][None], [None] * 3, None)
+    assert_close(logits[0], weights["logits"], "float32 oracle")
+
+
+def test_mistral_in_two_pieces():
+    """Sliding windows of 16 over 67 tokens through ring caches, with a padded token in front."""
+    weights = load("mistral_swa")
+    config = AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=14, window=16)
+    run, mixers = rebuilt_model(weights, config, epsilon=1e-5)
+    states = [mixer.init_state(1, 100) for mixer in mixers]
+    assert states[0].keys.shape[1] == 16
+    x = jnp.pad(weights["embedding"][weights["tokens"]], ((1, 0), (0, 0)))[None]
+    ids = jnp.ones((1, 68), jnp.int32).at[0, 0].set(0)
+    first, states = run(x[:, :34], states, ids[:, :34])
+    second, _ = run(x[:, 34:], states, ids[:, 34:])
+    assert_close(jnp.concatenate([first, second], axis=1)[0, 1:], weights["logits"], "float32 oracle")
