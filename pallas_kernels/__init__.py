@@ -1,3 +1,5 @@
 """The few computations that carry the architectures, each behind one public function."""
 
+from pallas_kernels.attention import attention as attention
+from pallas_kernels.linear_attention import linear_attention as linear_attention
 from pallas_kernels.selective_scan import selective_scan as selective_scan

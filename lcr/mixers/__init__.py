@@ -5,13 +5,20 @@ from typing import Any
 
 from flax import nnx
 
+from lcr.mixers.attention import AttentionConfig, GQAConfig, MHAConfig, MQAConfig
 from lcr.mixers.interface import Mixer as Mixer
 from lcr.mixers.interface import MixerConfig as MixerConfig
 from lcr.mixers.interface import check_positive, unknown_name
 from lcr.mixers.interface import state_bytes as state_bytes
 from lcr.mixers.mamba import MambaConfig
+from lcr.mixers.retnet import RetNetConfig
 
 MIXERS: dict[str, type[MixerConfig]] = {
+    "attention": AttentionConfig,
+    "mha": MHAConfig,
+    "mqa": MQAConfig,
+    "gqa": GQAConfig,
+    "retnet": RetNetConfig,
     "mamba": MambaConfig,
 }
 
