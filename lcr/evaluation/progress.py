@@ -40,6 +40,7 @@ class EvaluationProgress:
     def compiled(self, seconds: float) -> None:
         """Takes the seconds spent compiling out of rate and time left, and tells of them if they were many."""
         self._start += seconds
+        self._last = time.perf_counter()
         if self._bar is not None:
             self._bar.start_t += seconds
         if seconds > 1:
