@@ -193,9 +193,10 @@ class Attention(nnx.Module):
         q, k, v = self._project(x, segments.positions)
         k, v = k.astype(before.keys.dtype), v.astype(before.values.dtype)
         after = _append(before, k, v, segments)
-
         options = {"soft_cap": self.config.soft_cap, "implementation": self.config.implementation}
         if length == 1:
+            # Without the barrier XLA fuses the write into each of its readers, each with a copy of the whole cache.
+            after = jax.lax.optimization_barrier(after)
             o = _attend_slots(q, after, segments, options)
         elif state is None:
             positions = None if segments.ids is None else segments.positions
