@@ -3,6 +3,7 @@
 Nothing here imports JAX, so that `--help` answers at once; the programs import what is heavy inside `main`.
 """
 
+import errno
 import logging
 import re
 import runpy
@@ -34,7 +35,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except reported_errors() as error:
-            fail(str(error), exit_code(error))
+            fail(message_of(error), exit_code(error))
         except KeyboardInterrupt:
             fail("stopped by Ctrl-C", 130)
 
@@ -78,6 +79,11 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, Stopped):
         return 128 + error.signal
     return USAGE_ERROR if isinstance(error, ConfigError) else 1
+
+
+def message_of(error: Exception) -> str:
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return f"{error}; free disk space and give the same command again, it goes on" if full else str(error)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

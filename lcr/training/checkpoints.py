@@ -12,6 +12,7 @@ renamed to `<step>.corrupt` and kept.
 """
 
 import concurrent.futures
+import errno
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ import orbax.checkpoint as ocp
 
 MANIFEST = "manifest.json"
 ITEMS = ("params", "training")
+SLACK = 1 << 18  # bytes of a checkpoint beside its arrays
 
 Arrays = Mapping[str, Mapping[str, Any]]  # {"params": {name: array}, "training": {name: array}}
 
@@ -146,10 +148,18 @@ def read_checkpoint(path: Path, like: Arrays) -> tuple[dict[str, dict[str, Any]]
     return {item: {name: jnp.array(x) for name, x in restored[item].items()} for item in like}, restored["run"]
 
 
+def check_space(directory: Path, arrays: Arrays) -> None:
+    """Raises OSError where the disk has no room for a checkpoint: Orbax would fail half-way, and noisily."""
+    needed = sum(x.size * x.dtype.itemsize for item in arrays.values() for x in item.values()) + SLACK
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed} bytes needed, {free} free", str(directory))
+
+
 class CheckpointWriter:
     """Writes checkpoints in the background, keeping the last `keep_last` and the best one (the lowest `loss`).
 
-    A write that fails is reported by the next call of `save` or `wait`, as a CheckpointError.
+    A write that fails is reported by the next call of `save`, `check` or `wait`, as a CheckpointError.
     """
 
     def __init__(self, directory: Path, keep_last: int):
@@ -172,10 +182,16 @@ class CheckpointWriter:
         items = {item: ocp.args.StandardSave(dict(arrays[item])) for item in ITEMS}
         manifest = {"step": step, "loss": loss, "arrays": {item: describe(arrays[item]) for item in ITEMS}}
         try:
+            check_space(self.directory, arrays)
             self._orbax.save(path, args=ocp.args.Composite(run=ocp.args.JsonSave(dict(run)), **items))
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(error) from error
         self._commit = self._thread.submit(self._finish, path, manifest)
+
+    def check(self) -> None:
+        """Raises CheckpointError if the checkpoint under way has failed; waits for nothing."""
+        if self._commit is not None and self._commit.done():
+            self.wait()
 
     def wait(self) -> None:
         """Returns when the checkpoint under way, if any, is whole. Raises CheckpointError if it failed."""

@@ -38,6 +38,14 @@ class Progress:
             self.say(f"step {row['step']}/{self._steps}: {news}, {rate:.2f} steps/s, {left} left")
         self._done = row["step"]
 
+    def compiled(self, rows: int, length: int, seconds: float) -> None:
+        """Tells of a compilation, whose time says nothing about the steps to come."""
+        self.say(f"compiled the step for {rows} rows of {length} tokens: {seconds:.1f} s")
+        self._start += seconds
+        if self._bar is not None:
+            self._bar.start_t += seconds
+            self._bar.last_print_t += seconds
+
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
         if not self._shown:

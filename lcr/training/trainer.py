@@ -2,7 +2,7 @@
 
 A run that was interrupted, by a signal or by SIGKILL, and started again gives the same loss curve, bit for bit, as
 one that was not: parameters, optimizer, data position and the sums behind the next logged row are all in the
-checkpoint. (On a GPU that takes XLA_FLAGS=--xla_gpu_deterministic_ops=true.)
+checkpoint. (On a GPU, XLA must be told to sum in a fixed order: XLA_FLAGS=--xla_gpu_deterministic_ops=true.)
 
 The loop does not wait for the device but where a row is logged or a checkpoint written. A loss or gradient that is
 not finite is noticed on the device at once, which then leaves the parameters as they were, and by the loop at the
@@ -163,8 +163,7 @@ class Trainer:
             jax.block_until_ready(self.state)
             spent = time.perf_counter() - start
             self.since.compiling += spent
-            rows, length = batch["tokens"].shape
-            self.progress.say(f"compiled the step for {rows} rows of {length} tokens: {spent:.1f} s")
+            self.progress.compiled(*batch["tokens"].shape, spent)
         else:
             self.since.tokens += batch["tokens"].size
         ids = batch.get("segment_ids")
@@ -174,6 +173,7 @@ class Trainer:
     def log_row(self) -> None:
         """Waits for the device, writes a row about the steps since the last one, and begins the next."""
         self.check_finite()
+        self.writer.check()
         window = jax.device_get(self.state.window)
         self.state = self.state.replace(window=Window.empty())
         spent, self.since = self.since, Stretch()
@@ -245,9 +245,9 @@ class Trainer:
         return from_arrays(like, arrays)
 
     def close(self) -> None:
-        self.progress.close()
-        self.metrics.close()
-        self.writer.close()
+        with contextlib.ExitStack() as stack:  # each is closed, whatever happens to the others
+            for part in (self.writer, self.metrics, self.progress):
+                stack.callback(part.close)
 
 
 class Stretch:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from absl import flags
 from experiments import train as program
-from experiments.flags import exit_code, explain, load_config, parse_flags, reported_errors
+from experiments.flags import exit_code, explain, load_config, message_of, parse_flags, reported_errors
 from lcr.training.checkpoints import CheckpointError
-from lcr.training.config import ConfigError, check_keys
+from lcr.training.config import ConfigError, check_config, check_keys
 from lcr.training.signals import Stopped
 from lcr.training.trainer import NonFiniteError
 
@@ -81,9 +81,9 @@ def test_values_reach_the_configuration(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", ["mamba", "retnet", "mha", "gqa", "mqa", "long"])
-def test_every_passkey_configuration_has_known_keys_and_sound_values(variant):
+def test_every_passkey_configuration_can_be_run(variant):
     config = load_config(f"{ROOT}/experiments/configs/passkey.py:{variant}")
-    check_keys(config)
+    check_config(config)
     assert config.name == variant and config.is_locked
 
 
@@ -121,12 +121,14 @@ def test_an_error_of_the_users_making_has_exit_code_2_and_no_traceback(tmp_path)
     assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
 
 
-def test_exit_codes():
+def test_errors_have_exit_codes_and_messages():
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     stopped = [Stopped(number, 5, "here") for number in (signal.SIGTERM, signal.SIGINT)]
     errors = [ConfigError("x"), CheckpointError("x"), NonFiniteError("x"), full, *stopped]
     assert [exit_code(error) for error in errors] == [2, 1, 1, 1, 143, 130]
     assert all(isinstance(error, reported_errors()) for error in errors)
+    assert message_of(errors[0]) == "x"
+    assert "No space left on device; free disk space and give the same command again" in message_of(full)
 
 
 def test_a_flag_that_is_no_configuration_key_is_explained_as_it_is():

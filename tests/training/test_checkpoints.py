@@ -1,7 +1,9 @@
+import concurrent.futures
 import errno
 import logging
 import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -155,15 +157,20 @@ def tensorstore_no_space(*_, **__):
     raise ValueError("RESOURCE_EXHAUSTED: Error writing: Failed to write 953 bytes: No space left on device")
 
 
+def nearly_full(_):
+    return SimpleNamespace(free=10_000)
+
+
 @pytest.mark.parametrize(
     "place, name, fault",
     [
+        (shutil, "disk_usage", nearly_full),
         (ocp.AsyncCheckpointer, "save", no_space),
         (ocp.AsyncCheckpointer, "wait_until_finished", tensorstore_no_space),
         (checkpoints, "file_sums", no_space),
         (os, "fsync", no_space),
     ],
-    ids=["while copying", "in the background", "while summing", "in the manifest"],
+    ids=["before", "while copying", "in the background", "while summing", "in the manifest"],
 )
 def test_a_full_disk_is_reported_and_costs_no_good_checkpoint(writer, directory, monkeypatch, place, name, fault):
     write(writer, [2.0])
@@ -186,6 +193,16 @@ def test_a_failure_without_an_earlier_checkpoint_says_so(writer, monkeypatch):
         writer.wait()
 
 
+def test_a_failure_in_the_background_is_told_at_the_next_check(writer, monkeypatch):
+    writer.check()
+    monkeypatch.setattr(checkpoints, "file_sums", no_space)
+    writer.save(1, arrays(), {}, None)
+    concurrent.futures.wait([writer._commit])
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        writer.check()
+    writer.check()
+
+
 def test_arrays_of_another_model_are_named(writer, directory):
     write(writer, [None])
     like = arrays()
@@ -199,13 +216,3 @@ def test_a_folder_without_checkpoints_has_none(directory, caplog):
     caplog.set_level(logging.WARNING)
     assert newest_good(directory) == (None, {}) and list_steps(directory) == []
     assert not caplog.records
-
-
-def test_saving_waits_little(writer, directory):
-    """The copy is made at once, the rest in the background: nothing is whole before the wait."""
-    shutil.rmtree(directory)
-    directory.mkdir()
-    writer.save(1, arrays(), {}, None)
-    assert writer._commit is not None
-    writer.wait()
-    assert list_steps(directory) == [1]

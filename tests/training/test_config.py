@@ -119,6 +119,14 @@ def test_what_does_not_fit_together_is_named(values, message):
         ({"model.mixers": ("mamba", "mambo")}, "model: unknown mixer 'mambo'. Did you mean 'mamba'"),
         ({"model.mixer_options": {"mamba": {"state_sice": 8}}}, "model: .*'state_sice'. Did you mean 'state_size'"),
         ({"model.mixer_options": {"mamba": {"state_size": 0}}}, "model: state_size=0: expected"),
+        (
+            {"model.d_model": 48, "model.mixers": ("mha",), "model.mixer_options": {"mha": {"num_heads": 5}}},
+            "model: num_heads=5 .*48",
+        ),
+        (
+            {"model.d_model": 48, "model.mixers": ("gqa",), "model.mixer_options": {"gqa": {"num_kv_heads": 5}}},
+            "model: num_kv_heads=5 does not divide num_heads=",
+        ),
     ],
 )
 def test_the_model_is_checked_without_compiling_anything(values, message):

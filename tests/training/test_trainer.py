@@ -83,7 +83,8 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_bit_for_bit(whole, tmp_path
         train(toy_config(**{"training.log_every": 4}), tmp_path, progress=False)
     assert caught.value.signal == number and signal.getsignal(number) == handler
     stopped_at = caught.value.step
-    assert f"after step {stopped_at}, which is saved in {tmp_path / 'checkpoints' / str(stopped_at)}" in str(caught.value)
+    saved = tmp_path / "checkpoints" / str(stopped_at)
+    assert f"after step {stopped_at}, which is saved in {saved}; the same command goes on" in str(caught.value)
     assert list_steps(tmp_path / "checkpoints")[-1] == stopped_at < 12
 
     train(toy_config(**{"training.log_every": 4}), tmp_path, progress=False)
