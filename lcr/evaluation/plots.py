@@ -46,7 +46,7 @@ def style(index: int) -> dict:
 def draw_heatmap(series: Series, lengths: Sequence[int], depths: Sequence[float], theme: Theme = LIGHT) -> Figure:
     """Exact match of one series, depth downwards by length to the right; cells without a row are hatched."""
     figure = Figure(
-        figsize=(2.1 + 0.62 * max(len(lengths), 6), 1.55 + 0.46 * len(depths)),
+        figsize=(2.1 + 0.62 * max(len(lengths), 6), 1.55 + 0.46 * max(len(depths), 3)),
         layout="constrained",
         facecolor=theme.ground,
     )
@@ -75,7 +75,7 @@ def draw_heatmap(series: Series, lengths: Sequence[int], depths: Sequence[float]
     axes.spines[:].set_visible(False)
     axes.set_xlabel("length in tokens", color=theme.muted)
     axes.set_ylabel("depth of the needle\n(0 = start of the prompt)", color=theme.muted)
-    mark_training(axes, sum(length <= series.training_length for length in lengths) - 0.5, series, theme)
+    mark_training(axes, sum(length <= series.training_length for length in lengths), len(lengths), series, theme)
     axes.set_title(series.label, loc="left", color=theme.text, fontweight="bold", pad=22)
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), ticks=[0, 0.5, 1], pad=0.015, aspect=12)
     bar.outline.set_visible(False)
@@ -93,7 +93,9 @@ def ink(colour: tuple[float, float, float, float]) -> str:
     return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
 
 
-def mark_training(axes: Axes, x: float, series: Series, theme: Theme) -> None:
+def mark_training(axes: Axes, met: int, columns: int, series: Series, theme: Theme) -> None:
+    """A labelled line after the first `met` of the columns, those of lengths met in training."""
+    x = met - 0.5
     axes.axvline(x, color=theme.text, linewidth=1.8, linestyle=(0, (4, 2)), clip_on=False)
     axes.annotate(
         f"trained on up to {write_length(series.training_length)} tokens",
@@ -101,7 +103,7 @@ def mark_training(axes: Axes, x: float, series: Series, theme: Theme) -> None:
         xycoords=axes.get_xaxis_transform(),
         xytext=(0, 5),
         textcoords="offset points",
-        ha="left" if x < 1 else "center",
+        ha="left" if met < 2 else "right" if met == columns else "center",
         fontsize=8.5,
         color=theme.text,
     )
@@ -128,7 +130,10 @@ def draw_accuracy(all_series: Sequence[Series], theme: Theme = LIGHT) -> Figure:
             )
             low = [getattr(p, metric + "_low") for p in pooled]
             high = [getattr(p, metric + "_high") for p in pooled]
-            axes.fill_between(series.lengths, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            if len(pooled) > 1:
+                axes.fill_between(series.lengths, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            else:
+                axes.vlines(series.lengths, low, high, color=look["color"], linewidth=1.6)
         dress(axes, theme, title)
         mark_chance(axes, {getattr(series.row, METRICS[metric]) for series in all_series}, theme)
         axes.set_xscale("log", base=2)

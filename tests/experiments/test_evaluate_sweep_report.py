@@ -9,10 +9,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import lcr
 import pytest
 from absl import flags
 from flax import nnx
+
+import lcr
 
 SWEEP = """
 from lcr.training.config import default_config
@@ -158,7 +159,11 @@ def test_evaluate_takes_lengths_depths_and_samples_and_goes_on_where_it_was(swee
         ("evaluate", ["--workdir=x", "--lengths=0"], "--lengths: '0' is no length"),
         ("evaluate", ["--workdir=x", "--depths=0,1.5"], "--depths: '1.5' is no depth: expected a number from 0"),
         ("evaluate", ["--workdir=x", "--depths=nan"], "--depths: 'nan' is no depth"),
-        ("evaluate", ["--workdir={run}", "--lengths=20"], "length=20 is too short for task 'passkey': expected at least"),
+        (
+            "evaluate",
+            ["--workdir={run}", "--lengths=20"],
+            "length=20 is too short for task 'passkey': expected at least",
+        ),
         ("evaluate", ["--workdir={run}", "--lengths="], "lengths is empty: expected at least one"),
         ("evaluate", ["--workdir={run}", "--samples=0"], "samples=0: expected an integer above 0"),
         ("evaluate", ["--workdir={run}", "--step=2"], "step=2: there is no such checkpoint"),
