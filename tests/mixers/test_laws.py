@@ -293,7 +293,7 @@ def test_precision(case):
 
 
 def constant_size(mixer):
-    return lcr.state_bytes(mixer.init_state(1, 8)) == lcr.state_bytes(mixer.init_state(1, 99))
+    return lcr.state_bytes(mixer.init_state(1, 1)) == lcr.state_bytes(mixer.init_state(1, 99))
 
 
 def test_a_million_tokens_with_extreme_gates(case):
@@ -338,9 +338,9 @@ def test_transforms(case):
     assert_close(*gradients, "float32 gradient", "remat")
 
     def size(length):
-        return str(jax.make_jaxpr(built.apply)(built.parameters, inputs(9, length), state, None)).count("\n")
+        return str(jax.make_jaxpr(built.apply)(built.parameters, inputs(9, length), state, None)).count(" = ")
 
-    assert size(4096) <= size(2048) + 2, "the traced program grows with the number of tokens"
+    assert size(4096) <= size(2048), "the traced program grows with the number of tokens"
 
 
 def test_cost(case):
