@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.linear_attention.chunked import chunked
 from pallas_kernels.linear_attention.reference import reference
 
-# The largest state, in numbers (B H K V), that the token loop keeps in a CPU core's cache. Measured at T = 4096 in
-# float32 on two cores, forward: up to here the loop takes 0.3 to 1.0 of the chunked form's time, at twice as much
-# 1.4 and more. Differentiated, it takes 3 to 11 times the chunked form's at every size.
+# The largest state, in numbers (B H K V), that the token loop works on within a core's cache. Measured forward on two
+# CPU cores, float32, T from 640 to 4096: the loop takes 0.5 to 0.9 of the chunked form's time up to here, and 0.9 to
+# 1.5 of it at two to four times as much. Forward and backward it takes 3 to 11 times as long, at every size.
 LOOP_STATE = 32_768
 
 
@@ -32,8 +32,8 @@ def linear_attention(
         S_t = exp(g_t) S_{t-1} + k_t v_t^T          o_t = scale q_t S_t
 
     q, k, v: one dtype, `[B, T, H, K]`, `[B, T, H, K]` and `[B, T, H, V]`; any T >= 1.
-    log_decay: g, at most 0: `[B, T, H]` (depends on the token), `[H]` (one for each head, which costs nothing per
-        token) or None (no decay). -inf forgets everything.
+    log_decay: g, at most 0: `[B, T, H]` (depends on the token), `[H]` (one for each head: a table made once, unless
+        there are segment_ids) or None (no decay). -inf forgets everything.
     scale: of the output; `K ** -0.5` if None.
     initial_state: `[B, H, K, V]`, S before the first token; zeros if None.
     segment_ids: int32 `[B, T]`, see `pallas_kernels.segments`. Padding (0) neither decays nor writes the state and
