@@ -20,7 +20,7 @@ from tests.training.toy import CACHE_SETTINGS
 STEPS = 120
 VALUES = {
     "model.d_model": 16,
-    "model.mixers": ("mamba",),
+    "model.mixers": ("mha",),
     "model.d_ff": 0,
     "data.lengths": (96,),
     "data.batch_tokens": 192,
@@ -37,7 +37,7 @@ class Session:
     """One `python -m experiments.train` in a process of its own."""
 
     def __init__(self, workdir, compiled):
-        arguments = ["--config=experiments/configs/passkey.py:mamba", f"--workdir={workdir}"]
+        arguments = ["--config=experiments/configs/passkey.py:mha", f"--workdir={workdir}"]
         arguments += [f"--config.{key}={value}" for key, value in VALUES.items()]
         settings = {name.upper(): str(value) for name, value in CACHE_SETTINGS.items()}
         environment = {**os.environ, **settings, "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PLATFORMS": "cpu"}
