@@ -141,14 +141,14 @@ class Trainer:
             with data_errors():
                 batch = next(self.batches)
             self.advance(batch)
-            last = self.step == training.steps
+            last, stop = self.step == training.steps, signals.received  # asked once: it may arrive at any moment
             if self.step % training.log_every == 0 or last:
                 self.log_row()
-            if self.step % training.checkpoint_every == 0 or last or signals.received is not None:
+            if self.step % training.checkpoint_every == 0 or last or stop is not None:
                 self.save()
-            if signals.received is not None and not last:
+            if stop is not None and not last:
                 self.writer.wait()
-                raise Stopped(signals.received, self.step, str(self.directory / str(self.step)))
+                raise Stopped(stop, self.step, str(self.directory / str(self.step)))
         self.writer.wait()
         return self.row
 
