@@ -141,9 +141,10 @@ class Trainer:
             with data_errors():
                 batch = next(self.batches)
             self.advance(batch)
-            last, stop = self.step == training.steps, signals.received  # asked once: it may arrive at any moment
+            last = self.step == training.steps
             if self.step % training.log_every == 0 or last:
                 self.log_row()
+            stop = signals.received  # asked once: it may arrive at any moment, and then waits for the next step
             if self.step % training.checkpoint_every == 0 or last or stop is not None:
                 self.save()
             if stop is not None and not last:
