@@ -17,8 +17,10 @@ from jaxtyping import Array, Bool, Int
 
 Carry = TypeVar("Carry")
 
-ROWS = 512  # of a query tile, over all heads; 512 x 512 was the fastest of 256 .. 2048 on two CPU cores
-KEYS = 512
+# Rows and keys of a tile. On two CPU cores 512 was the fastest of 128 .. 2048 (below it one core does the work), but
+# for a window that is no wider: there 128, since half of each 512 is computed in vain.
+SIDE = 512
+NARROW_SIDE = 128
 
 
 class Band(NamedTuple):
@@ -125,14 +127,19 @@ class Grid:
     kv_length: int
     kv_heads: int
     group: int
+    window: int | None
+
+    @property
+    def side(self) -> int:
+        return SIDE if self.window is None or self.window > SIDE else min(SIDE, NARROW_SIDE)
 
     @property
     def tokens(self) -> int:
-        return _even(self.length, max(ROWS // self.group, 1))
+        return _even(self.length, max(self.side // self.group, 1))
 
     @property
     def keys(self) -> int:
-        return _even(self.kv_length, KEYS)
+        return _even(self.kv_length, self.side)
 
     def cut_index(self, index: Index) -> Index:
         """`[B, tiles, tokens]` and `[B, tiles, keys]`."""

@@ -16,7 +16,7 @@ def arrays(shape: Shape, seed: int = 0, dtype=np.float32):
 
 
 @functools.cache
-def _compiled(gradients, tile_sizes, **static):
+def _compiled(gradients, tile_side, **static):
     """One program for all calls that differ in arrays alone (compiling is what takes these tests their time)."""
 
     def forward(qkv, index):
@@ -37,7 +37,7 @@ def _split(options):
 
 def compute(q, k, v, **options):
     index, static = _split(options)
-    return _compiled(False, (tiles.ROWS, tiles.KEYS), **static)((q, k, v), index)
+    return _compiled(False, tiles.SIDE, **static)((q, k, v), index)
 
 
 def out_and_gradients(implementation, q, k, v, cotangent=None, **options):
@@ -46,7 +46,7 @@ def out_and_gradients(implementation, q, k, v, cotangent=None, **options):
     if cotangent is None:
         shape = (*q.shape[:3], v.shape[3])
         cotangent = jnp.asarray(np.cos(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape))
-    run = _compiled(True, (tiles.ROWS, tiles.KEYS), implementation=implementation, **static)
+    run = _compiled(True, tiles.SIDE, implementation=implementation, **static)
     return run((q, k, v), index, cotangent)
 
 

@@ -18,8 +18,7 @@ PACKED = Shape(B=2, T=128, H=2, G=1, K=8)
 @pytest.fixture
 def small_tiles(monkeypatch):
     """32 x 32, so that short sequences have many."""
-    monkeypatch.setattr(tiles, "ROWS", 32)
-    monkeypatch.setattr(tiles, "KEYS", 32)
+    monkeypatch.setattr(tiles, "SIDE", 32)
 
 
 def by_hand(q, k, v, ids, kv_ids, positions, kv_positions, causal=True, window=None, soft_cap=None):
@@ -113,7 +112,7 @@ def test_what_sees_nothing_is_zero(implementation, length, small_tiles):
     assert not any(jnp.any(g) for g in gradients)
 
 
-def test_real_tile_sizes():
+def test_real_tile_side():
     """Ragged lengths beyond one tile of the size in use, with groups of heads folded into a tile's rows."""
     qkv = arrays(Shape(T=700, S=1_100, H=4, G=2, K=16, V=8))
     want = compute(*qkv, window=600, implementation="reference")
