@@ -84,7 +84,7 @@ def _states(a, b, h):
         h = ab[0] * h + ab[1]
         return h, h
 
-    return jax.lax.scan(step, h, (a, b), unroll=4)
+    return jax.lax.scan(step, h, (a, b))
 
 
 @jax.custom_vjp
@@ -126,7 +126,7 @@ def _scan_backward(saved, cotangents):
             dh = dh + C[..., None] * dy[:, None, :]
             return a * dh, dh
 
-        dh, dstates = jax.lax.scan(step, dh, (a, C, dy), reverse=True, unroll=4)
+        dh, dstates = jax.lax.scan(step, dh, (a, C, dy), reverse=True)
         dlog_a = dstates * before * a  # of dt_t A
         dC = (states * dy[:, :, None, :]).sum(-1)
         dB = (dstates * (dt * x)[:, :, None, :]).sum(-1)
