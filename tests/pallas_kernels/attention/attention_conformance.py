@@ -56,4 +56,4 @@ def assert_conforms(implementation, q, k, v, kind="float32", **options):
     assert o.dtype == q.dtype
     assert_close(o, expected, kind, "o")
     for name, actual, want in zip("qkv", gradients, expected_gradients, strict=True):
-        assert_close(actual, want, kind if kind == "float64" else f"{kind} gradient", f"d{name}")
+        assert_close(actual, want, f"{kind} gradient", f"d{name}")
