@@ -21,8 +21,10 @@ class MambaConfig:
 
     state_size:  N, states per channel. expand: inner width as a multiple of d_model. conv_width: taps of the
     short convolution. dt_rank: rank of the step-size projection (None: ceil(d_model / 16)).
-    dt_min, dt_max, dt_floor: the initial step sizes are log-uniform in [dt_min, dt_max], not below dt_floor;
-    small steps are long memories: a state decays as exp(-dt n), n = 1 .. N.
+    dt_min, dt_max, dt_floor: the initial step sizes are log-uniform in [dt_min, dt_max], not below dt_floor.
+    decay_scale: the initial A is -decay_scale n, n = 1 .. N (1: as in the paper). A state decays by exp(dt A) a step
+        and is written with dt B x, so a small decay_scale gives long memories that are still written to: nearly a
+        linear attention, whose keys B and queries C have to keep apart what is to be kept (arXiv 2410.11135).
     dtype: of the compute; parameters are float32. implementation: of `selective_scan`.
     """
 
@@ -33,13 +35,15 @@ class MambaConfig:
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     dt_floor: float = 1e-4
+    decay_scale: float = 1.0
     dtype: Any = jnp.float32
     implementation: str | None = None
 
     def __post_init__(self):
         check_positive(
             state_size=self.state_size, expand=self.expand, conv_width=self.conv_width, dt_min=self.dt_min,
-            dt_max=self.dt_max, dt_floor=self.dt_floor, **({} if self.dt_rank is None else {"dt_rank": self.dt_rank}),
+            dt_max=self.dt_max, dt_floor=self.dt_floor, decay_scale=self.decay_scale,
+            **({} if self.dt_rank is None else {"dt_rank": self.dt_rank}),
         )  # fmt: skip
         if self.dt_min > self.dt_max:
             raise ValueError(f"dt_min={self.dt_min}: expected at most dt_max={self.dt_max}")
@@ -86,7 +90,7 @@ class Mamba(nnx.Module):
         )
         dt = jnp.maximum(jnp.exp(log_dt), config.dt_floor)
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)), group="no_decay")  # softplus^-1(dt)
-        n = jnp.arange(1, config.state_size + 1, dtype=jnp.float32)
+        n = config.decay_scale * jnp.arange(1, config.state_size + 1, dtype=jnp.float32)
         self.A_log = nnx.Param(jnp.tile(jnp.log(n)[None], (inner, 1)), group="no_decay")
         self.D = nnx.Param(jnp.ones((inner,), jnp.float32), group="no_decay")
         self.out_proj = linear(inner, d_model)
