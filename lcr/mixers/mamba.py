@@ -22,6 +22,9 @@ class MambaConfig:
     state_size:  N, states per channel. expand: inner width as a multiple of d_model. conv_width: taps of the
     short convolution. dt_rank: rank of the step-size projection (None: ceil(d_model / 16)).
     dt_min, dt_max, dt_floor: the initial step sizes are log-uniform in [dt_min, dt_max], not below dt_floor.
+    dt_scale: the step-size projection starts uniform in +-dt_scale dt_rank^-0.5. A large one makes the steps of
+        different tokens differ by orders of magnitude from the start, which is what a channel needs to write some
+        tokens and pass over others.
     decay_scale: the initial A is -decay_scale n, n = 1 .. N (1: as in the paper). A state decays by exp(dt A) a step
         and is written with dt B x, so a small decay_scale gives long memories that are still written to: nearly a
         linear attention, whose keys B and queries C have to keep apart what is to be kept (arXiv 2410.11135).
@@ -35,6 +38,7 @@ class MambaConfig:
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     dt_floor: float = 1e-4
+    dt_scale: float = 1.0
     decay_scale: float = 1.0
     dtype: Any = jnp.float32
     implementation: str | None = None
@@ -42,8 +46,8 @@ class MambaConfig:
     def __post_init__(self):
         check_positive(
             state_size=self.state_size, expand=self.expand, conv_width=self.conv_width, dt_min=self.dt_min,
-            dt_max=self.dt_max, dt_floor=self.dt_floor, decay_scale=self.decay_scale,
-            **({} if self.dt_rank is None else {"dt_rank": self.dt_rank}),
+            dt_max=self.dt_max, dt_floor=self.dt_floor, dt_scale=self.dt_scale,
+            decay_scale=self.decay_scale, **({} if self.dt_rank is None else {"dt_rank": self.dt_rank}),
         )  # fmt: skip
         if self.dt_min > self.dt_max:
             raise ValueError(f"dt_min={self.dt_min}: expected at most dt_max={self.dt_max}")
@@ -81,7 +85,7 @@ class Mamba(nnx.Module):
         self.in_proj = linear(d_model, 2 * inner)
         self.conv = ShortConv(inner, config.conv_width, dtype=config.dtype, rngs=rngs)
         self.x_proj = linear(inner, self.dt_rank + 2 * config.state_size)
-        bound = self.dt_rank**-0.5
+        bound = config.dt_scale * self.dt_rank**-0.5
         self.dt_kernel = nnx.Param(
             jax.random.uniform(rngs.params(), (self.dt_rank, inner), jnp.float32, -bound, bound), group="no_decay"
         )
