@@ -1,8 +1,13 @@
-"""Passkey retrieval: one small model, trained on mixed lengths, to be swept over far longer ones.
+"""Passkey retrieval: one small model, trained on prompts of 72 to 256 tokens, to be swept over far longer ones.
 
     python -m experiments.train --config=experiments/configs/passkey.py:mamba --workdir=runs/mamba
 
-Variants: mamba, retnet, mha, gqa, mqa (two layers each), and long (mamba for longer, on longer prompts).
+Variants: mamba, retnet, mha, gqa, mqa (two layers of width 64 each, no feed-forward), and long (mamba on prompts of up
+to 1,024 tokens, for longer). Cost and what to expect, on two CPU cores: see the table of README.md.
+
+What decides how far Mamba reaches (the log of WORKSPACE.md has the trials): first step sizes that differ by orders of
+magnitude between channels (dt_min, dt_max), so that some hardly forget; and between tokens (dt_scale), so that some
+write the needle and pass over the filler. A convolution of eight taps sees a whole key at once.
 """
 
 from ml_collections import ConfigDict
@@ -12,6 +17,8 @@ from lcr.training.config import default_config
 
 VARIANTS = ("mamba", "retnet", "mha", "gqa", "mqa", "long")
 
+MAMBA = {"state_size": 8, "conv_width": 8, "dt_min": 1e-6, "dt_max": 1e-1, "dt_floor": 1e-6, "dt_scale": 6.0}
+
 
 def get_config(variant: str = "mamba") -> ConfigDict:
     if variant not in VARIANTS:
@@ -20,12 +27,22 @@ def get_config(variant: str = "mamba") -> ConfigDict:
     config.name = variant
     mixer = "mamba" if variant == "long" else variant
     config.model.mixers = (mixer, mixer)
-    config.data.lengths = (96, 160, 320, 640)
-    config.data.batch_tokens = 8192
-    config.training.steps = 400
-    config.training.checkpoint_every = 200
-    config.evaluation.lengths = (640, 2560, 10240, 40960, 1048576)
+    config.model.d_ff = 0
+    if mixer == "mamba":
+        config.model.mixer_options = {"mamba": dict(MAMBA)}
+    config.data.lengths = (72, 256)
+    config.data.batch_tokens = 4096
+    config.optimizer.learning_rate = 6e-3
+    config.optimizer.weight_decay = 0.01
+    config.training.steps = 650
+    config.training.checkpoint_every = 325
+    config.evaluation.lengths = (256, 1024, 4096, 16_384, 1_048_576)
+    config.evaluation.batch = 20
+    config.evaluation.piece = 1024
+    config.evaluation.max_tokens = 5_242_880  # at a million tokens: one prompt for each depth
     if variant == "long":
-        config.data.lengths = (96, 160, 320, 640, 1280)
-        config.training.steps = 2400
+        config.data.curriculum = ((650, (128, 512, 1024)),)
+        config.training.steps = 6000
+        config.training.checkpoint_every = 500
+        config.evaluation.lengths = (1024, 4096, 16_384, 65_536, 1_048_576)
     return config
