@@ -1,7 +1,7 @@
 """What a decoder is made of."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class ModelConfig:
 
     vocab_size: int
     d_model: int
-    mixers: tuple[str, ...]
+    mixers: Sequence[str]
     mixer_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     d_ff: int | None = None
     tie_embeddings: bool = True

@@ -26,8 +26,8 @@ def generate(
         (`jax.random.key(seed)`).
     states: goes on from there (a growing cache must have room for prompt and new tokens, or it drops the oldest);
         None starts fresh with room for all.
-    segment_ids: of the prompt. Rows of unequal length are padded with 0 at any place; the last token of the call
-        must be the row's last real one only up to padding: each row continues from its own last real token.
+    segment_ids: of the prompt. Rows of unequal length are padded with 0, anywhere: each goes on from its own last
+        real token.
     Raises: ValueError for a temperature below 0 or without a key, and for an empty prompt or max_new_tokens < 1.
     """
     batch, length = prompt_tokens.shape
@@ -46,9 +46,7 @@ def generate(
     if key is None:
         key = jax.random.key(0)  # greedy decoding draws nothing from it
     graph, parameters = nnx.split(model)
-    return _generate(
-        graph, parameters, prompt_tokens, key, states, segment_ids, max_new_tokens, temperature
-    )
+    return _generate(graph, parameters, prompt_tokens, key, states, segment_ids, max_new_tokens, temperature)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "temperature"))

@@ -64,6 +64,9 @@ def call():
 
     def run_program(program, *arguments):
         script = f"experiments/{program}.py"
+        imported = programs_flags()  # of programs that other tests imported: two programs share names
+        for name in imported:
+            delattr(flags.FLAGS, name)
         root = logging.getLogger()
         handlers, level = list(root.handlers), root.level
         with pytest.MonkeyPatch.context() as patch:
@@ -80,9 +83,17 @@ def call():
                 for name in list(flags.FLAGS):
                     if flags.FLAGS.find_module_defining_flag(name).endswith(script):
                         delattr(flags.FLAGS, name)
+                for name, (flag, module) in imported.items():
+                    flags.DEFINE_flag(flag, module_name=module)
                 flags.FLAGS.unparse_flags()
 
     return run_program
+
+
+def programs_flags():
+    """{name: (flag, module)} of the flags that modules of `experiments` have defined in this process."""
+    defined = {name: flags.FLAGS.find_module_defining_flag(name) for name in flags.FLAGS}
+    return {name: (flags.FLAGS[name], m) for name, m in defined.items() if str(m).startswith("experiments.")}
 
 
 @pytest.fixture(scope="module")

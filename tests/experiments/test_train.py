@@ -43,7 +43,7 @@ def mistake(monkeypatch, capsys, *arguments):
         (["--config.optimizer.learning_rate=abc"], "optimizer.learning_rate='abc': expected a number above 0; set it"),
         (["--config.training.steps=1.5"], "training.steps='1.5': expected an integer above 0"),
         (["--config.model.tie_embeddings=maybe"], "model.tie_embeddings='maybe': expected True or False"),
-        (["--config.model.mixer_options.mamba.state_size=8"], """"{'mamba': {'state_size': ...}}\""""),
+        (["--config.model.mixer_options.retnet.num_heads=8"], """"{'retnet': {'num_heads': ...}}\""""),
         (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         ([], "workdir"),
     ],
