@@ -224,6 +224,8 @@ def mark_chance(axes: Axes, levels: Collection[float], theme: Theme) -> None:
             textcoords="offset points",
             fontsize=8.5,
             color=theme.muted,
+            # The line that marks the training length may stand here.
+            bbox={"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.5},
         )
 
 
