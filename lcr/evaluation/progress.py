@@ -1,27 +1,25 @@
 """How far an evaluation is, on stderr: a bar on a terminal, a plain line now and then elsewhere."""
 
-import sys
 import time
 from typing import TextIO
 
 import tqdm
 
 from lcr.evaluation.tables import write_length, write_rate
+from lcr.progress import Display
 
 EVERY = 10.0  # seconds between plain lines
 
 
-class EvaluationProgress:
+class EvaluationProgress(Display):
     """Shows the length in hand, prompt tokens read, tokens/s and time left.
 
     name: of what is evaluated. shown: False shows nothing.
     """
 
     def __init__(self, name: str, *, shown: bool = True, stream: TextIO | None = None):
+        super().__init__(shown, stream)
         self._name = name
-        self._stream = sys.stderr if stream is None else stream
-        self._shown = shown
-        self._bar: tqdm.tqdm | None = None
         self._total = self._done = 0
         self._start = self._last = time.perf_counter()
 
@@ -32,10 +30,7 @@ class EvaluationProgress:
         self.say(f"{self._name}: {cells} cells to do, {tokens:,} prompt tokens")
         self._total = tokens
         self._start = self._last = time.perf_counter()
-        if self._shown and self._stream.isatty():
-            self._bar = tqdm.tqdm(
-                total=tokens, unit=" tokens", unit_scale=True, desc=self._name, file=self._stream, dynamic_ncols=True
-            )
+        self.open_bar(total=tokens, unit=" tokens", unit_scale=True, desc=self._name)
 
     def compiled(self, seconds: float) -> None:
         """Takes the seconds spent compiling out of rate and time left, and tells of them if they were many."""
@@ -62,17 +57,3 @@ class EvaluationProgress:
             f"{self._name}: {self._done / self._total:.0%} of the tokens, length {write_length(length)}, "
             f"{write_rate(rate)} tokens/s, {left} left"
         )
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        if not self._shown:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

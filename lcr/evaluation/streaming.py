@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int32, Integer
 
-from lcr.mixers.interface import check_positive, state_bytes
+from lcr.mixers.interface import check_whole, state_bytes
 from lcr.typing import Array, Float, Int
 
 NOT_FINITE = -1  # stands for the token where the logits have NaN or infinity: never a right answer
@@ -40,7 +40,7 @@ class Streamer:
     """
 
     def __init__(self, model: nnx.Module, piece: int):
-        check_positive(piece=piece)
+        check_whole(piece=piece)
         self.piece = piece
         self._graph, self._parameters = nnx.split(model)
         self._init_states = model.init_states
@@ -85,7 +85,7 @@ class Streamer:
         Raises ValueError for an empty prompt.
         """
         batch, length = prompts.shape
-        check_positive(length=length, answer_length=answer_length)
+        check_whole(length=length, answer_length=answer_length)
         read_first, read_whole, decode = self.programs(batch, length, answer_length)
         states = self._init_states(batch, length + answer_length)
 

@@ -8,7 +8,7 @@ from flax import nnx
 from lcr.mixers.attention import AttentionConfig, GQAConfig, MHAConfig, MQAConfig
 from lcr.mixers.interface import Mixer as Mixer
 from lcr.mixers.interface import MixerConfig as MixerConfig
-from lcr.mixers.interface import check_positive, unknown_name
+from lcr.mixers.interface import check_whole, unknown_name
 from lcr.mixers.interface import state_bytes as state_bytes
 from lcr.mixers.mamba import MambaConfig
 from lcr.mixers.retnet import RetNetConfig
@@ -43,5 +43,5 @@ def make_mixer(name: str, d_model: int, *, rngs: nnx.Rngs, **options: Any) -> Mi
     Parameters are float32, and so is the compute unless the option `dtype` says otherwise.
     Raises: ValueError for an unknown mixer or option (naming the nearest known one) and for a bad value.
     """
-    check_positive(d_model=d_model)
+    check_whole(d_model=d_model)
     return mixer_config(name, **options).make(d_model, rngs=rngs)

@@ -12,7 +12,7 @@ from pallas_kernels.segments import document_index
 from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import apply_rope
 from lcr.layers.segments import Segments, forget, read_segments
-from lcr.mixers.interface import check_choice, check_positive
+from lcr.mixers.interface import check_choice, check_positive, check_whole
 from lcr.typing import Activations, Array, Bool, Int, Leaf, SegmentIds
 
 
@@ -42,13 +42,11 @@ class AttentionConfig:
     implementation: str | None = None
 
     def __post_init__(self):
-        for name in ("num_heads", "num_kv_heads", "head_dim", "window", "rope_base", "soft_cap"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            check_positive(**{name: value})
-            if name not in ("rope_base", "soft_cap") and not isinstance(value, int):
-                raise ValueError(f"{name}={value!r}: expected a whole number")
+        for check, names in (
+            (check_whole, ("num_heads", "num_kv_heads", "head_dim", "window")),
+            (check_positive, ("rope_base", "soft_cap")),
+        ):
+            check(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
         check_choice("positions", self.positions, ("rope", "none"))
         if self.implementation is not None:
             check_choice("implementation", self.implementation, IMPLEMENTATIONS)
@@ -155,7 +153,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: AttentionConfig, d_model: int, *, rngs: nnx.Rngs):
-        check_positive(d_model=d_model)
+        check_whole(d_model=d_model)
         self.config = config
         self.heads, self.kv_heads, self.head_dim = config.head_sizes(d_model)
 
@@ -174,7 +172,7 @@ class Attention(nnx.Module):
 
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> KVCache:
         """An empty cache for `capacity` tokens (for the window, if that is shorter)."""
-        check_positive(capacity=capacity)
+        check_whole(capacity=capacity)
         slots = capacity if self.config.window is None else min(capacity, self.config.window)
         shape = (batch, slots, self.kv_heads, self.head_dim)
         return KVCache(

@@ -67,8 +67,15 @@ def check_choice(argument: str, value: object, known: Any) -> None:
         raise ValueError(f"{argument}: " + unknown_name("value", value, known))
 
 
-def check_positive(**arguments: int | float) -> None:
+def check_positive(**arguments: object) -> None:
     """Each argument must be a number above zero."""
     for argument, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise ValueError(f"{argument}={value!r}: expected a number above 0")
+
+
+def check_whole(**arguments: object) -> None:
+    """Each argument must be a whole number above zero."""
+    for argument, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{argument}={value!r}: expected a whole number above 0")

@@ -11,7 +11,7 @@ from pallas_kernels.selective_scan import selective_scan
 
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
-from lcr.mixers.interface import check_positive
+from lcr.mixers.interface import check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -44,11 +44,11 @@ class MambaConfig:
     implementation: str | None = None
 
     def __post_init__(self):
-        check_positive(
-            state_size=self.state_size, expand=self.expand, conv_width=self.conv_width, dt_min=self.dt_min,
-            dt_max=self.dt_max, dt_floor=self.dt_floor, dt_scale=self.dt_scale,
-            decay_scale=self.decay_scale, **({} if self.dt_rank is None else {"dt_rank": self.dt_rank}),
-        )  # fmt: skip
+        check_whole(state_size=self.state_size, expand=self.expand, conv_width=self.conv_width)
+        if self.dt_rank is not None:
+            check_whole(dt_rank=self.dt_rank)
+        for name in ("dt_min", "dt_max", "dt_floor", "dt_scale", "decay_scale"):
+            check_positive(**{name: getattr(self, name)})
         if self.dt_min > self.dt_max:
             raise ValueError(f"dt_min={self.dt_min}: expected at most dt_max={self.dt_max}")
 
@@ -74,7 +74,7 @@ class Mamba(nnx.Module):
     out = (y silu(z)) W_out, with A = -exp(A_log) and the scan of `pallas_kernels.selective_scan`."""
 
     def __init__(self, config: MambaConfig, d_model: int, *, rngs: nnx.Rngs):
-        check_positive(d_model=d_model)
+        check_whole(d_model=d_model)
         self.config = config
         self.inner = inner = config.expand * d_model
         self.dt_rank = config.dt_rank or math.ceil(d_model / 16)

@@ -11,7 +11,7 @@ from pallas_kernels.linear_attention import linear_attention
 
 from lcr.layers.rope import rotate
 from lcr.layers.segments import forget, read_segments
-from lcr.mixers.interface import check_positive
+from lcr.mixers.interface import check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
 
 
@@ -40,7 +40,7 @@ class RetNetConfig:
     def __post_init__(self):
         check_positive(value_factor=self.value_factor, rotation_base=self.rotation_base, norm_eps=self.norm_eps)
         if self.num_heads is not None:
-            check_positive(num_heads=self.num_heads)
+            check_whole(num_heads=self.num_heads)
         if self.decay_exponents is not None:
             for exponent in self.decay_exponents:
                 check_positive(decay_exponents=exponent)
@@ -75,7 +75,7 @@ class RetNet(nnx.Module):
     """
 
     def __init__(self, config: RetNetConfig, d_model: int, *, rngs: nnx.Rngs):
-        check_positive(d_model=d_model)
+        check_whole(d_model=d_model)
         self.config = config
         self.num_heads, self.key_width, self.value_width = _sizes(config, d_model)
         values = self.num_heads * self.value_width

@@ -9,7 +9,7 @@ from flax.core import FrozenDict
 
 from lcr.layers.mlp import default_d_ff
 from lcr.mixers import mixer_config
-from lcr.mixers.interface import check_choice, check_positive, unknown_name
+from lcr.mixers.interface import check_choice, check_positive, check_whole, unknown_name
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
@@ -39,7 +39,8 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
 
     def __post_init__(self):
-        check_positive(vocab_size=self.vocab_size, d_model=self.d_model, norm_epsilon=self.norm_epsilon)
+        check_whole(vocab_size=self.vocab_size, d_model=self.d_model)
+        check_positive(norm_epsilon=self.norm_epsilon)
         if isinstance(self.mixers, str):
             raise ValueError(f"mixers={self.mixers!r}: expected a tuple of names, like ({self.mixers!r},)")
         object.__setattr__(self, "mixers", tuple(self.mixers))
@@ -50,7 +51,7 @@ class ModelConfig:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("remat", self.remat, REMAT)
         if self.d_ff is not None and self.d_ff != 0:
-            check_positive(d_ff=self.d_ff)
+            check_whole(d_ff=self.d_ff)
         for name in self.mixer_options:
             if name not in self.mixers:
                 raise ValueError("mixer_options: " + unknown_name("mixer of this model", name, set(self.mixers)))

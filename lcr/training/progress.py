@@ -1,29 +1,26 @@
 """How far a run is, on stderr: a bar on a terminal, plain lines elsewhere."""
 
-import sys
 import time
 from typing import TextIO
 
 import tqdm
 
+from lcr.progress import Display
 from lcr.training.metrics import Row
 
 
-class Progress:
+class Progress(Display):
     """Shows steps, steps/s, tokens/s, loss and time left; moves when a row is logged.
 
     shown: False shows nothing.
     """
 
     def __init__(self, steps: int, done: int, *, shown: bool = True, stream: TextIO | None = None):
+        super().__init__(shown, stream)
         self._steps = steps
-        self._stream = sys.stderr if stream is None else stream
-        self._shown = shown
         self._first = self._done = done
         self._start = time.perf_counter()
-        self._bar = None
-        if shown and self._stream.isatty():
-            self._bar = tqdm.tqdm(total=steps, initial=done, unit="step", file=self._stream, dynamic_ncols=True)
+        self.open_bar(total=steps, initial=done, unit="step")
 
     def update(self, row: Row) -> None:
         if not self._shown:
@@ -45,16 +42,3 @@ class Progress:
         if self._bar is not None:
             self._bar.start_t += seconds
             self._bar.last_print_t += seconds
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        if not self._shown:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -6,6 +6,7 @@ import lcr
 import numpy as np
 import pytest
 from flax import nnx
+from tolerances import assert_close
 
 
 def build(**options):
@@ -28,5 +29,19 @@ def test_first_steps_and_decays_are_those_asked_for():
 
 def test_dt_scale_widens_the_step_projection_alone():
     plain, wide = build(), build(dt_scale=6.0)
-    np.testing.assert_allclose(wide.dt_kernel[...], 6 * plain.dt_kernel[...], rtol=1e-5)
+    assert_close(wide.dt_kernel[...], 6 * plain.dt_kernel[...], "float32")
     np.testing.assert_array_equal(wide.dt_bias[...], plain.dt_bias[...])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"state_size": 0}, "state_size=0: expected a whole number above 0"),
+        ({"dt_rank": 0}, "dt_rank=0: expected a whole number above 0"),
+        ({"dt_scale": -1.0}, r"dt_scale=-1\.0: expected a number above 0"),
+        ({"dt_min": 0.1, "dt_max": 0.01}, r"dt_min=0\.1: expected at most dt_max=0\.01"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)

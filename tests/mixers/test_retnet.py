@@ -227,7 +227,7 @@ def test_decays():
         ({"num_heads": 4, "value_factor": 1.25}, r"value_factor=1.25 with d_model=24: the values' width 30.0"),
         ({"num_heads": 3, "decay_exponents": (5.0,)}, "expected one for each of num_heads=3 heads"),
         ({"decay_exponents": (5.0, -1.0)}, "decay_exponents=-1.0"),
-        ({"num_heads": 0}, "num_heads=0: expected a number above 0"),
+        ({"num_heads": 0}, "num_heads=0: expected a whole number above 0"),
         ({"norm_eps": -1e-6}, "norm_eps"),
     ],
 )

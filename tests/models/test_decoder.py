@@ -133,10 +133,10 @@ def test_compute_dtype_leaves_parameters_in_float32():
         ({"mixer_options": {"mamba": {"state_sise": 4}}}, "'state_sise'. Did you mean 'state_size'"),
         ({"mixer_options": {"gqa": {}}}, "mixer_options: unknown mixer of this model 'gqa'"),
         ({"mixer_options": {"mamba": {"dt_min": 0.5}}}, "dt_min=0.5: expected at most dt_max=0.1"),
-        ({"mixer_options": {"mamba": {"state_size": -1}}}, "state_size=-1: expected a number above 0"),
+        ({"mixer_options": {"mamba": {"state_size": -1}}}, "state_size=-1: expected a whole number above 0"),
         ({"dtype": "float16"}, "dtype: unknown value 'float16'. .*bfloat16, float32"),
         ({"remat": "all"}, "remat: unknown value 'all'"),
-        ({"d_model": 0}, "d_model=0: expected a number above 0"),
+        ({"d_model": 0}, "d_model=0: expected a whole number above 0"),
         ({"mixers": ("mha",), "mixer_options": {"mha": {"num_heads": 3}}}, "num_heads"),
     ],
 )
