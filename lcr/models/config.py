@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from lcr.layers.feed_forward import FEED_FORWARDS, feed_forward_config
 from lcr.layers.mlp import default_d_ff
 from lcr.mixers import mixer_config
 from lcr.mixers.interface import check_choice, check_positive, check_whole, unknown_name
@@ -21,7 +22,10 @@ class ModelConfig:
 
     mixers:         names of `lcr.MIXERS`; a hybrid is a mixed tuple; the depth is its length.
     mixer_options:  {mixer name: {option: value}}.
-    d_ff:           width of the SwiGLU after each mixer: None for 8/3 d_model, 0 for no feed-forward.
+    d_ff:           width of the feed-forward after each mixer: None for 8/3 d_model, 0 for no feed-forward.
+    feed_forward:   "swiglu", "moe" (mixture of experts), "channel_mixing" (RWKV's) or "none"; one name for all layers,
+                    or a tuple with one for each.
+    feed_forward_options: {feed-forward's name: {option: value}}.
     tie_embeddings: whether the output projection is the transposed embedding.
     dtype:          of the compute, "float32" or "bfloat16"; parameters are float32, logits are float32.
     remat:          what the backward pass computes again: "none" (save everything), "dots" (save the results of
@@ -33,6 +37,8 @@ class ModelConfig:
     mixers: Sequence[str]
     mixer_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     d_ff: int | None = None
+    feed_forward: str | Sequence[str] = "swiglu"
+    feed_forward_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     tie_embeddings: bool = True
     dtype: str = "float32"
     remat: str = "none"
@@ -44,8 +50,9 @@ class ModelConfig:
         if isinstance(self.mixers, str):
             raise ValueError(f"mixers={self.mixers!r}: expected a tuple of names, like ({self.mixers!r},)")
         object.__setattr__(self, "mixers", tuple(self.mixers))
-        options = {name: dict(chosen) for name, chosen in self.mixer_options.items()}
-        object.__setattr__(self, "mixer_options", FrozenDict(options))  # hashable, as a part of a jitted module is
+        for field in ("mixer_options", "feed_forward_options"):  # hashable, as a part of a jitted module is
+            options = {name: dict(chosen) for name, chosen in getattr(self, field).items()}
+            object.__setattr__(self, field, FrozenDict(options))
         if not self.mixers:
             raise ValueError("mixers=(): expected at least one mixer's name")
         check_choice("dtype", self.dtype, DTYPES)
@@ -57,18 +64,42 @@ class ModelConfig:
                 raise ValueError("mixer_options: " + unknown_name("mixer of this model", name, set(self.mixers)))
         for name in self.mixers:
             self.mixer(name)
+        self._check_feed_forwards()
+
+    def _check_feed_forwards(self):
+        if not isinstance(self.feed_forward, str):
+            object.__setattr__(self, "feed_forward", tuple(self.feed_forward))
+            if len(self.feed_forward) != len(self.mixers):
+                raise ValueError(
+                    f"feed_forward={self.feed_forward!r}: expected one name, or one for each of the {len(self.mixers)} "
+                    "mixers"
+                )
+        names = {name for _, name in self.layers}
+        for name in names:
+            check_choice("feed_forward", name, FEED_FORWARDS)
+            feed_forward_config(name, **self.feed_forward_options.get(name, {}))
+        for name in self.feed_forward_options:
+            if name not in names:
+                raise ValueError("feed_forward_options: " + unknown_name("feed-forward of this model", name, names))
+
+    @property
+    def layers(self) -> tuple[tuple[str, str], ...]:
+        """(mixer, feed-forward) of each layer."""
+        one = isinstance(self.feed_forward, str)
+        names = (self.feed_forward,) * len(self.mixers) if one else self.feed_forward
+        return tuple(zip(self.mixers, ("none",) * len(names) if self.ff_width == 0 else names, strict=True))
 
     @property
     def ff_width(self) -> int:
         return default_d_ff(self.d_model) if self.d_ff is None else self.d_ff
 
     @property
-    def pattern(self) -> tuple[str, ...]:
-        """The shortest tuple that, repeated, gives `mixers`: the group of layers that is stacked and scanned."""
-        depth = len(self.mixers)
+    def pattern(self) -> tuple[tuple[str, str], ...]:
+        """The shortest tuple that, repeated, gives `layers`: the group of layers that is stacked and scanned."""
+        layers, depth = self.layers, len(self.mixers)
         for period in range(1, depth + 1):
-            if depth % period == 0 and self.mixers == self.mixers[:period] * (depth // period):
-                return self.mixers[:period]
+            if depth % period == 0 and layers == layers[:period] * (depth // period):
+                return layers[:period]
         raise AssertionError("a tuple is its own repetition")
 
     def mixer(self, name: str):

@@ -1,4 +1,4 @@
-"""The decoder: pre-norm blocks of a mixer and a SwiGLU, the repeating group of layers stacked and scanned."""
+"""The decoder: pre-norm blocks of a mixer and a feed-forward, the repeating group of layers stacked and scanned."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,47 +7,98 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lcr.layers.mlp import SwiGLU
+from lcr.layers.feed_forward import feed_forward_config, make_feed_forward
+from lcr.layers.moe import Routing
 from lcr.layers.norms import RMSNorm
+from lcr.mixers.interface import Mixer
 from lcr.models.config import ModelConfig, model_config
-from lcr.typing import Activations, Array, Float, Int, SegmentIds, State, Tokens
+from lcr.typing import Activations, Array, Bool, Float, Int, SegmentIds, State, Tokens
 
 
 class Block(nnx.Module):
-    """x = x + mixer(norm(x)); x = x + mlp(norm(x)) (the second line only if the model has feed-forwards)."""
+    """x = x + mixer(norm(x)); x = x + feed_forward(norm(x)) (the second line only if the layer has a feed-forward).
 
-    def __init__(self, config: ModelConfig, name: str, *, rngs: nnx.Rngs):
+    Its state is the mixer's, or (the mixer's, the feed-forward's) where that has one too.
+    """
+
+    def __init__(self, config: ModelConfig, mixer: str, feed_forward: str, *, rngs: nnx.Rngs):
         self.mixer_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
-        self.mixer = config.mixer(name).make(config.d_model, rngs=rngs)
-        self.has_mlp = config.ff_width > 0
-        if self.has_mlp:
+        self.mixer = config.mixer(mixer).make(config.d_model, rngs=rngs)
+        self.feed_forward = feed_forward
+        if feed_forward != "none":
             self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
-            self.mlp = SwiGLU(config.d_model, config.ff_width, dtype=jnp.dtype(config.dtype), rngs=rngs)
+            options = feed_forward_config(feed_forward, **config.feed_forward_options.get(feed_forward, {}))
+            dtype = jnp.dtype(config.dtype)
+            self.mlp = make_feed_forward(options, config.d_model, config.ff_width, dtype=dtype, rngs=rngs)
+
+    def init_state(self, batch: int, capacity: int, dtype: Any) -> State:
+        state = self.mixer.init_state(batch, capacity, dtype=dtype)
+        return (state, self.mlp.init_state(batch, capacity, dtype=dtype)) if self.has_state else state
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the feed-forward has a state of its own."""
+        return self.feed_forward == "channel_mixing"
+
+    def values(self, x: Activations, state: State | None, segment_ids: SegmentIds | None) -> Activations:
+        """What this layer hands on to later ones (see `Decoder`)."""
+        if self.has_state and state is not None:
+            state = state[0]
+        return self.mixer.values(self.mixer_norm(x), state, segment_ids)
 
     def __call__(
-        self, x: Activations, state: State | None, segment_ids: SegmentIds | None
-    ) -> tuple[Activations, State]:
-        y, state = self.mixer(self.mixer_norm(x), state, segment_ids)
-        x = x + y.astype(x.dtype)
-        if self.has_mlp:
-            x = x + self.mlp(self.mlp_norm(x))
-        return x, state
+        self, x: Activations, state: State | None, segment_ids: SegmentIds | None, first_values: Activations | None
+    ) -> tuple[Activations, State, Routing | None]:
+        state, mlp_state = (state, None) if not self.has_state or state is None else state
+        handed = {"first_values": first_values} if hands_on(self.mixer) else {}
+        y, state = self.mixer(self.mixer_norm(x), state, segment_ids, **handed)
+        x, routing = x + y.astype(x.dtype), None
+        match self.feed_forward:
+            case "none":
+                return x, state, None
+            case "moe":
+                y, routing = self.mlp(self.mlp_norm(x), segment_ids)
+            case "channel_mixing":
+                y, mlp_state = self.mlp(self.mlp_norm(x), mlp_state, segment_ids)
+                state = state, mlp_state
+            case _:
+                y = self.mlp(self.mlp_norm(x))
+        return x + y.astype(x.dtype), state, routing
+
+
+def hands_on(mixer: Mixer) -> bool:
+    """Whether the mixer declares the value residual: a method `values` and a keyword `first_values`."""
+    return hasattr(mixer, "values")
 
 
 class Group(nnx.Module):
     """One repetition of the pattern of layers."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.blocks = nnx.List([Block(config, name, rngs=rngs) for name in config.pattern])
+        self.blocks = nnx.List([Block(config, *names, rngs=rngs) for names in config.pattern])
+
+    @property
+    def first_to_hand_on(self) -> int | None:
+        """Which block is the first whose mixer hands on its values."""
+        return next((i for i, block in enumerate(self.blocks) if hands_on(block.mixer)), None)
 
     def __call__(
-        self, x: Activations, states: State | None, segment_ids: SegmentIds | None
-    ) -> tuple[Activations, State]:
-        new_states = []
+        self,
+        x: Activations,
+        states: State | None,
+        segment_ids: SegmentIds | None,
+        first_values: Activations | None,
+        is_first: Bool[Array, ""],
+    ) -> tuple[Activations, State, tuple[Routing, ...], Activations | None]:
+        new_states, routings = [], []
         for i, block in enumerate(self.blocks):
-            x, state = block(x, None if states is None else states[i], segment_ids)
+            state = None if states is None else states[i]
+            if i == self.first_to_hand_on:
+                first_values = jnp.where(is_first, block.values(x, state, segment_ids), first_values)
+            x, state, routing = block(x, state, segment_ids, first_values)
             new_states.append(state)
-        return x, tuple(new_states)
+            routings += [] if routing is None else [routing]
+        return x, tuple(new_states), tuple(routings), first_values
 
 
 class Decoder(nnx.Module):
@@ -56,6 +107,9 @@ class Decoder(nnx.Module):
     The layers of one repeating group (`config.pattern`) are stacked along a new first axis of every parameter and
     scanned over, so compile time and program size do not grow with depth. States are a tuple over the pattern,
     each with leaves [repetitions, B, ...].
+
+    One thing may cross layers: the values of the first layer whose mixer declares it (the value residual of RWKV-7,
+    arXiv 2503.14456) are handed to every such layer, that one included, as `first_values`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -78,7 +132,7 @@ class Decoder(nnx.Module):
         """Empty states for every layer. capacity: tokens that a growing cache must hold (see `Mixer.init_state`)."""
         graph, parameters = nnx.split(self.groups)
         one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], parameters))
-        states = tuple(block.mixer.init_state(batch, capacity, dtype=dtype) for block in one.blocks)
+        states = tuple(block.init_state(batch, capacity, dtype) for block in one.blocks)
         return jax.tree.map(lambda leaf: jnp.tile(leaf[None], (self.repetitions,) + (1,) * leaf.ndim), states)
 
     def __call__(
@@ -96,21 +150,46 @@ class Decoder(nnx.Module):
         logits_at: positions of this call at which logits are wanted, so that the [B, T, vocab] of a long prefill
             need never exist; None for all T. P may be 0.
         """
+        logits, states, _ = self.with_routing(tokens, states, segment_ids, logits_at=logits_at)
+        return logits, states
+
+    def with_routing(
+        self,
+        tokens: Tokens,
+        states: State | None = None,
+        segment_ids: SegmentIds | None = None,
+        *,
+        logits_at: Int[Array, "B P"] | None = None,
+    ) -> tuple[Float[Array, "B P vocab"], State, tuple[Routing, ...]]:
+        """`__call__`, and what the routers did: a `Routing` for each mixture of experts of the pattern, its leaves
+        with the repetitions in front. Training adds their losses to its own."""
         dtype = jnp.dtype(self.config.dtype)
         x = self.embedding[...].astype(dtype)[tokens]
         graph, parameters = nnx.split(self.groups)
 
-        def group(x, layer):
-            parameters, states = layer
-            return nnx.merge(graph, parameters)(x, states, segment_ids)
+        def group(carry, layer):
+            (x, first_values), (parameters, states, is_first) = carry, layer
+            one = nnx.merge(graph, parameters)
+            x, states, routings, first_values = one(x, states, segment_ids, first_values, is_first)
+            return (x, first_values), (states, routings)
 
-        x, states = jax.lax.scan(_remat(group, self.config.remat), x, (parameters, states))
+        carry = (x, self._no_values(graph, parameters, x))
+        layers = (parameters, states, jnp.arange(self.repetitions) == 0)
+        (x, _), (states, routings) = jax.lax.scan(_remat(group, self.config.remat), carry, layers)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
         x = self.final_norm(x)
         output = self.embedding if self.config.tie_embeddings else self.head
         logits = jnp.einsum("bpd,vd->bpv", x, output[...].astype(dtype), preferred_element_type=jnp.float32)
-        return logits, states
+        return logits, states, routings
+
+    def _no_values(self, graph, parameters, x: Activations) -> Activations | None:
+        """Zeros where the values to be handed on will stand; None if no mixer hands any on."""
+        one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], parameters))
+        if one.first_to_hand_on is None:
+            return None
+        like = jax.eval_shape(lambda x: one.blocks[one.first_to_hand_on].values(x, None, None), x)
+        return jnp.zeros(like.shape, like.dtype)
 
 
 def _remat(body, policy: str):

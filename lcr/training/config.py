@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-OPEN_SECTIONS = ("task", "model.mixer_options")  # their keys are known to the task and to the mixers
+OPEN_SECTIONS = ("task", "model.mixer_options", "model.feed_forward_options")  # their keys are known elsewhere
 
 # What may change when a run goes on in its workdir; every other difference is an error.
 FREE_ON_RESUME = ("training.", "evaluation.")
@@ -39,7 +39,9 @@ def default_config(task: Mapping[str, Any] | None = None) -> ConfigDict:
                 "d_model": 64,
                 "mixers": ("mamba", "mamba"),
                 "mixer_options": {},  # {"mamba": {"state_size": 8}}
-                "d_ff": config_dict.placeholder(int),  # None: the model's default; 0: no MLP
+                "d_ff": config_dict.placeholder(int),  # None: the model's default; 0: no feed-forward
+                "feed_forward": "swiglu",  # or "moe", "channel_mixing", "none"; or a tuple, one for each mixer
+                "feed_forward_options": {},  # {"moe": {"num_experts": 8}}
                 "tie_embeddings": True,
                 "dtype": "float32",
                 "remat": "none",
@@ -52,6 +54,7 @@ def default_config(task: Mapping[str, Any] | None = None) -> ConfigDict:
             },
             "optimizer": {
                 "learning_rate": 3e-3,  # at its peak
+                "gate_learning_rate": 1e-2,  # at its peak, of gates of a memory (Infini-attention)
                 "warmup_steps": 50,
                 "final_fraction": 0.1,  # of the peak, at the last step
                 "weight_decay": 0.1,
@@ -134,6 +137,10 @@ RULES: dict[str, Rule] = {
     "model.d_model": POSITIVE_INTEGER,
     "model.mixers": (all_of(TEXT[0]), 'at least one mixer\'s name, such as ("mamba", "mamba")'),
     "model.d_ff": (lambda value: value is None or is_natural(value), "None, or an integer, 0 or above"),
+    "model.feed_forward": (
+        lambda value: TEXT[0](value) or all_of(TEXT[0])(value),
+        'a feed-forward\'s name, or one for each mixer, such as ("swiglu", "moe")',
+    ),
     "model.tie_embeddings": (lambda value: isinstance(value, bool), "True or False"),
     "model.dtype": (lambda value: value in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
     "model.remat": (lambda value: value in ("none", "full", "dots"), "'none', 'full' or 'dots'"),
@@ -145,6 +152,7 @@ RULES: dict[str, Rule] = {
         "stages of (from_step, lengths), such as ((100, (256, 512)),)",
     ),
     "optimizer.learning_rate": POSITIVE,
+    "optimizer.gate_learning_rate": POSITIVE,
     "optimizer.warmup_steps": NATURAL,
     "optimizer.final_fraction": FRACTION,
     "optimizer.weight_decay": NOT_NEGATIVE,

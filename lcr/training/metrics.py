@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from tensorboardX import SummaryWriter
 
@@ -20,6 +20,10 @@ class Row(TypedDict):
     tokens:            read since the run began, padding left out.
     tokens_per_second: since the row before, compilation left out.
     seconds:           of training since the run began, compilation included, time between sessions left out.
+
+    Of models with mixtures of experts:
+    routing_entropy:   mean over tokens and layers of the entropy of a token's distribution over the experts (nats).
+    expert_load:       [layer][expert], the share of the tokens' choices that each expert got.
     """
 
     step: int
@@ -30,6 +34,8 @@ class Row(TypedDict):
     tokens: int
     tokens_per_second: float
     seconds: float
+    routing_entropy: NotRequired[float]
+    expert_load: NotRequired[list[list[float]]]
 
 
 class MetricsLog:
@@ -49,7 +55,10 @@ class MetricsLog:
         self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
         for name, value in row.items():
-            if name != "step":
+            if name == "expert_load":
+                for layer, load in enumerate(value):  # 1: balance; the number of experts: one has it all
+                    self._tensorboard.add_scalar(f"train/max_load/{layer}", max(load) * len(load), row["step"])
+            elif name != "step":
                 self._tensorboard.add_scalar(f"train/{name}", value, row["step"])
 
     def close(self) -> None:

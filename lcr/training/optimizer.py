@@ -17,16 +17,22 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from lcr.mixers.interface import check_choice
 from lcr.typing import Array, Float, Int
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 NO_DECAY_NAMES = ("bias", "scale")
+GROUPS = ("decay", "no_decay", "memory_gate", "selection_bias")
 
 
-def make_schedule(optimizer: ConfigDict, steps: int) -> Schedule:
-    """The learning rate as a function of the step (int32, the first is 0), float32. See the module's formula."""
-    peak, warmup, final = optimizer.learning_rate, optimizer.warmup_steps, optimizer.final_fraction
+def make_schedule(optimizer: ConfigDict, steps: int, peak: float | None = None) -> Schedule:
+    """The learning rate as a function of the step (int32, the first is 0), float32. See the module's formula.
+
+    peak: `optimizer.learning_rate` if None.
+    """
+    peak = optimizer.learning_rate if peak is None else peak
+    warmup, final = optimizer.warmup_steps, optimizer.final_fraction
 
     def learning_rate(step: Int[Array, ""]) -> Float[Array, ""]:
         s = step.astype(jnp.float32)
@@ -38,35 +44,58 @@ def make_schedule(optimizer: ConfigDict, steps: int) -> Schedule:
     return learning_rate
 
 
-def decay_mask(parameters: Mapping[str, nnx.Variable]) -> dict[str, bool]:
-    """Which parameters decay: all but those with the metadata `group="no_decay"` and those named "bias" or "scale".
+def parameter_groups(parameters: Mapping[str, nnx.Variable]) -> dict[str, str]:
+    """The group of each parameter: what its metadata `group` says, else "no_decay" where it is named "bias" or
+    "scale", else "decay".
+
+        decay            AdamW
+        no_decay         AdamW without decay: norms, gates, decays
+        memory_gate      AdamW without decay at a learning rate of its own, outside the clipping: gates of a memory,
+                         which at the model's learning rate do not leave their first value
+        selection_bias   plain steps of the whole gradient: the router's bias, whose "gradient" is its step
 
     parameters: by their dotted names, as `lcr.training.step.named_parameters` gives them.
+    Raises ValueError for a group that is none of these.
     """
-    return {
-        name: variable.get_metadata().get("group") != "no_decay" and name.split(".")[-1] not in NO_DECAY_NAMES
-        for name, variable in parameters.items()
-    }
+    groups = {}
+    for name, variable in parameters.items():
+        plain = "no_decay" if name.split(".")[-1] in NO_DECAY_NAMES else "decay"
+        groups[name] = variable.get_metadata().get("group") or plain
+        check_choice(f"group of parameter {name}", groups[name], GROUPS)
+    return groups
 
 
-def make_optimizer(optimizer: ConfigDict, steps: int, decayed: Mapping[str, bool]) -> optax.GradientTransformation:
-    """Clipping (where `clip_norm` is not 0) and AdamW, decaying the parameters that `decayed` says.
+def make_optimizer(optimizer: ConfigDict, steps: int, groups: Mapping[str, str]) -> optax.GradientTransformation:
+    """Clipping (where `clip_norm` is not 0) and AdamW, for each parameter as its group wants it.
 
     optimizer: that section of the configuration. steps: of the whole run, for the schedule.
+    groups: from `parameter_groups`.
     """
-    transformations = [
-        optax.adamw(
-            make_schedule(optimizer, steps),
+    decayed = {name: group == "decay" for name, group in groups.items()}
+
+    def adamw(learning_rate, weight_decay):
+        return optax.adamw(
+            make_schedule(optimizer, steps, learning_rate),
             b1=optimizer.b1,
             b2=optimizer.b2,
             eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            mask=dict(decayed),
+            weight_decay=weight_decay,
+            mask=lambda parameters: {name: decayed[name] for name in parameters},
         )
-    ]
+
+    main = adamw(optimizer.learning_rate, optimizer.weight_decay)
     if optimizer.clip_norm:
-        transformations.insert(0, optax.clip_by_global_norm(optimizer.clip_norm))
-    chain = optax.chain(*transformations)
+        main = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), main)
+    chain = main
+    if set(groups.values()) - {"decay", "no_decay"}:
+        of_group = {
+            "decay": main,
+            "no_decay": main,
+            "memory_gate": adamw(optimizer.gate_learning_rate, 0.0),
+            "selection_bias": optax.sgd(1.0),
+        }
+        labels = {name: "decay" if group == "no_decay" else group for name, group in groups.items()}
+        chain = optax.partition({label: of_group[label] for label in set(labels.values())}, labels)
 
     def update(grads, state, parameters):
         # Optax raises a float to an integer's power, which a caller with strict dtype promotion would forbid

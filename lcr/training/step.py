@@ -34,6 +34,7 @@ class Window:
 
     loss: of the cross entropy (nats) of `count` predicted tokens, of which `correct` were right.
     grad_norm: of the gradient's norm before clipping, over `steps` steps.
+    routing: of each mixture of experts' `load` and `entropy` over `steps` steps (see `Functional.routing`).
     """
 
     loss: Leaf  # float32
@@ -41,11 +42,16 @@ class Window:
     count: Leaf  # int32
     grad_norm: Leaf  # float32
     steps: Leaf  # int32
+    routing: Leaf  # {"load": float32[n, layers, E], "entropy": float32[n, layers]} or {}
 
     @classmethod
-    def empty(cls) -> "Window":
+    def empty(cls, routing: Mapping[str, Any]) -> "Window":
+        """routing: arrays, or shapes, like those to be summed."""
         real, integer = (lambda: zero("float32")), (lambda: zero("int32"))
-        return cls(loss=real(), correct=integer(), count=integer(), grad_norm=real(), steps=integer())
+        return cls(
+            loss=real(), correct=integer(), count=integer(), grad_norm=real(), steps=integer(),
+            routing={name: jnp.zeros(like.shape, like.dtype) for name, like in routing.items()},
+        )
 
 
 @struct.dataclass
@@ -92,6 +98,25 @@ class Functional:
         state = jax.tree.unflatten(self.structure, [parameters[name] for name in self.variables])
         return nnx.merge(self.graph, state, self.other)
 
+    def apply(self, parameters: Mapping[str, Any], tokens, segment_ids, logits_at) -> tuple[Any, Any, dict[str, Any]]:
+        """(logits, the routers' loss, {"load": [layers, E], "entropy": [layers]}); 0 and {} for a model without."""
+        model = self.model(parameters)
+        if not hasattr(model, "with_routing"):
+            return model(tokens, segment_ids=segment_ids, logits_at=logits_at)[0], jnp.zeros((), jnp.float32), {}
+        logits, _, routings = model.with_routing(tokens, segment_ids=segment_ids, logits_at=logits_at)
+        loss = sum((routing.loss.sum() for routing in routings), jnp.zeros((), jnp.float32))
+        if not routings:
+            return logits, loss, {}
+        # by layer: the repetitions are the outer loop, the blocks of the pattern the inner one
+        load = jnp.stack([routing.load for routing in routings], axis=1)
+        entropy = jnp.stack([routing.entropy for routing in routings], axis=1)
+        return logits, loss, {"load": load.reshape(-1, load.shape[-1]), "entropy": entropy.reshape(-1)}
+
+    def routing(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The shapes of what `apply` returns last."""
+        tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        return jax.eval_shape(lambda p, t: self.apply(p, t, None, None)[2], dict(parameters), tokens)
+
 
 def named_parameters(state: Any) -> dict[str, nnx.Variable]:
     """The variables of an `nnx.State` by dotted name, in the order of its leaves."""
@@ -103,13 +128,15 @@ def parameter_values(model: nnx.Module) -> Parameters:
     return {name: variable.get_value() for name, variable in named_parameters(nnx.state(model, nnx.Param)).items()}
 
 
-def init_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    parameters: Parameters, optimizer: optax.GradientTransformation, functional: "Functional"
+) -> TrainState:
     """The state before the first step."""
     return TrainState(
         parameters=parameters,
         optimizer=optimizer.init(parameters),
         step=zero("int32"),
-        window=Window.empty(),
+        window=Window.empty(functional.routing(parameters)),
         failure=Failure(step=zero("int32"), loss=zero("float32"), grad_norm=zero("float32")),
     )
 
@@ -162,17 +189,19 @@ def cross_entropy(
     return jnp.where(weights, losses, 0).sum(), right.sum(dtype=jnp.int32)
 
 
-def make_loss(functional: Functional) -> Callable[..., Any]:
-    """`loss(parameters, piece, total) -> (share, (sum, correct))`: the piece's part of the mean over `total` tokens."""
+def make_loss(functional: Functional, accumulation: int) -> Callable[..., Any]:
+    """`loss(parameters, piece, total) -> (share, (sum, correct, routing))`: the piece's part of the mean over `total`
+    tokens, and of the routers' loss."""
 
     def loss(parameters: Parameters, piece: dict[str, Any], total: Float[Array, ""]):
-        logits, _ = functional.model(parameters)(
-            piece["tokens"], segment_ids=piece["segment_ids"], logits_at=piece["positions"]
+        logits, of_routers, routing = functional.apply(
+            parameters, piece["tokens"], piece["segment_ids"], piece["positions"]
         )
         if piece["positions"] is None:
             logits = logits[:, :-1]
         summed, correct = cross_entropy(logits, piece["targets"], piece["weights"])
-        return summed / total, (summed, correct)
+        routing = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) / accumulation, routing)
+        return summed / total + of_routers / accumulation, (summed, correct, routing)
 
     return loss
 
@@ -186,7 +215,7 @@ def make_step(
     into A pieces, taken one after another, whose gradients, each weighted by its tokens, add up to the whole's: less
     memory, the same update up to rounding. Where loss or gradient is not finite nothing changes but `failure`.
     """
-    gradient = jax.value_and_grad(make_loss(functional), has_aux=True)
+    gradient = jax.value_and_grad(make_loss(functional, accumulation), has_aux=True)
 
     def whole(parameters, batch, total):
         (_, sums), grads = gradient(parameters, batch, total)
@@ -198,13 +227,14 @@ def make_step(
         def add(carry, piece):
             return jax.tree.map(jnp.add, carry, whole(parameters, piece, total)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, parameters), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+        routing = Window.empty(functional.routing(parameters)).routing
+        zeros = jax.tree.map(jnp.zeros_like, parameters), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), routing
         return jax.lax.scan(add, zeros, pieces)[0]
 
     def step(state: TrainState, batch: dict[str, Any]) -> TrainState:
         count = batch["weights"].sum(dtype=jnp.int32)
         total = jnp.maximum(count, 1).astype(jnp.float32)
-        grads, summed, correct = (whole if accumulation == 1 else by_pieces)(state.parameters, batch, total)
+        grads, summed, correct, routing = (whole if accumulation == 1 else by_pieces)(state.parameters, batch, total)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(summed) & jnp.isfinite(grad_norm) & (state.failure.step == 0)
 
@@ -216,6 +246,7 @@ def make_step(
             count=state.window.count + count,
             grad_norm=state.window.grad_norm + grad_norm,
             steps=state.window.steps + 1,
+            routing=jax.tree.map(jnp.add, state.window.routing, routing),
         )
         new = TrainState(
             parameters=parameters,

@@ -28,7 +28,7 @@ from lcr.data.pipeline import make_batches
 from lcr.training.checkpoints import CheckpointWriter, from_named_arrays, named_arrays, newest_good, read_checkpoint
 from lcr.training.config import FREE_ON_RESUME, ConfigError, check_config, differences, from_plain, to_plain
 from lcr.training.metrics import MetricsLog, Row
-from lcr.training.optimizer import decay_mask, make_optimizer, make_schedule
+from lcr.training.optimizer import make_optimizer, make_schedule, parameter_groups
 from lcr.training.progress import Progress
 from lcr.training.run import CHECKPOINTS, CONFIG, make_abstract_model, make_run_model, make_run_task
 from lcr.training.signals import Stopped, StopSignals
@@ -117,14 +117,14 @@ class Trainer:
         self.functional = Functional(abstract)
         steps = config.training.steps
         self.schedule = make_schedule(config.optimizer, steps)
-        self.optimizer = make_optimizer(config.optimizer, steps, decay_mask(self.functional.variables))
+        self.optimizer = make_optimizer(config.optimizer, steps, parameter_groups(self.functional.variables))
         self.update = make_step(self.functional, self.optimizer, config.optimizer.accumulation)
         self.writer = CheckpointWriter(self.directory, config.training.keep_last)
         self.tokens, self.seconds, self.smoothed, self.row = 0, 0.0, None, None
         self.saved: int | None = None
         self.state, self.step = self.restore(), 0
         if self.state is None:
-            self.state = first_state(config, task.tokenizer.vocab_size, self.optimizer)
+            self.state = first_state(config, task.tokenizer.vocab_size, self.optimizer, self.functional)
         else:
             self.step = self.saved
         self.metrics = MetricsLog(workdir, self.step)
@@ -176,7 +176,7 @@ class Trainer:
         self.check_finite()
         self.writer.check()
         window = jax.device_get(self.state.window)
-        self.state = self.state.replace(window=Window.empty())
+        self.state = self.state.replace(window=Window.empty(window.routing))
         spent, self.since = self.since, Stretch()
         elapsed = self.since.start - spent.start
         self.seconds += elapsed
@@ -192,6 +192,10 @@ class Trainer:
             tokens_per_second=spent.tokens / max(elapsed - spent.compiling, 1e-9),
             seconds=self.seconds,
         )
+        if window.routing:
+            means = {name: np.asarray(value) / max(int(window.steps), 1) for name, value in window.routing.items()}
+            self.row["routing_entropy"] = float(means["entropy"].mean())
+            self.row["expert_load"] = means["load"].tolist()
         self.metrics.write(self.row)
         self.progress.update(self.row)
 
@@ -233,7 +237,7 @@ class Trainer:
                 log.warning("no checkpoint in %s is whole: training begins anew", self.directory)
             return None
         parameters = {name: variable.get_value() for name, variable in self.functional.variables.items()}
-        like = jax.eval_shape(lambda p: init_state(p, self.optimizer), parameters)
+        like = jax.eval_shape(lambda p: init_state(p, self.optimizer, self.functional), parameters)
         path = self.directory / str(step)
         arrays, run = read_checkpoint(path, to_arrays(like))
         with data_errors():
@@ -291,11 +295,13 @@ def data_errors() -> Iterator[None]:
         raise ConfigError(f"data: {error}") from error
 
 
-def first_state(config: ConfigDict, vocab_size: int, optimizer: optax.GradientTransformation) -> TrainState:
+def first_state(
+    config: ConfigDict, vocab_size: int, optimizer: optax.GradientTransformation, functional: Functional
+) -> TrainState:
     """The state before the first step, a function of the seed.
 
     One program, as op by op takes longer, and hardly optimised: random numbers, drawn once, are compiled five times
     faster that way (on two CPU cores 1.5 s instead of 8 s for a model of two Mamba layers).
     """
-    init = jax.jit(lambda: init_state(parameter_values(make_run_model(config, vocab_size)), optimizer))
+    init = jax.jit(lambda: init_state(parameter_values(make_run_model(config, vocab_size)), optimizer, functional))
     return init.lower().compile(compiler_options={"xla_backend_optimization_level": 0})()

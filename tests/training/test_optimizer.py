@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lcr.training.config import default_config
-from lcr.training.optimizer import decay_mask, make_optimizer, make_schedule
+from lcr.training.optimizer import make_optimizer, make_schedule, parameter_groups
 from lcr.training.step import Functional
 
 from tests.training.toy import Toy
@@ -31,7 +31,9 @@ def test_without_warm_up_the_first_step_has_the_whole_rate():
 
 def test_norms_gates_and_decays_do_not_decay():
     variables = Functional(nnx.eval_shape(lambda: Toy({"d_model": 8, "vocab_size": 9}, rngs=nnx.Rngs(0)))).variables
-    assert decay_mask(variables) == {"embedding": True, "log_decay": False, "mix.bias": False, "mix.kernel": True}
+    assert parameter_groups(variables) == {
+        "embedding": "decay", "log_decay": "no_decay", "mix.bias": "no_decay", "mix.kernel": "decay"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("mixer", lcr.MIXERS)
@@ -39,7 +41,7 @@ def test_of_each_mixer_what_decays_is_its_matrices(mixer):
     config = lcr.ModelConfig(vocab_size=9, d_model=32, mixers=(mixer, mixer))
     model = nnx.eval_shape(lambda: lcr.make_model(config, rngs=nnx.Rngs(0)))
     variables = Functional(model).variables
-    mask = decay_mask(variables)
+    mask = {name: group == "decay" for name, group in parameter_groups(variables).items()}
     # layers are stacked along a first axis: what is left is a matrix (or a convolution's taps by channels)
     axes = {name: variables[name].get_value().ndim - name.startswith("groups.") for name in mask}
     assert {name for name, decays in mask.items() if decays and axes[name] < 2} == set()
@@ -52,7 +54,8 @@ def test_of_each_mixer_what_decays_is_its_matrices(mixer):
 def test_of_mamba_these_do_not_decay():
     config = lcr.ModelConfig(vocab_size=9, d_model=32, mixers=("mamba", "mamba"))
     model = nnx.eval_shape(lambda: lcr.make_model(config, rngs=nnx.Rngs(0)))
-    mask = decay_mask(Functional(model).variables)
+    groups = parameter_groups(Functional(model).variables)
+    mask = {name: group == "decay" for name, group in groups.items()}
     prefix = "groups.blocks.0."
     assert {name.removeprefix(prefix) for name, decays in mask.items() if not decays} == {
         "final_norm.scale", "mixer_norm.scale", "mlp_norm.scale",
@@ -65,7 +68,7 @@ def test_one_update_is_adamw_by_hand(clip_norm):
     settings = section(learning_rate=0.1, warmup_steps=0, weight_decay=0.5, clip_norm=clip_norm, b1=0.9, b2=0.98)
     parameters = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([3.0])}
     grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
-    optimizer = make_optimizer(settings, 10, {"a": True, "b": False})
+    optimizer = make_optimizer(settings, 10, {"a": "decay", "b": "no_decay"})
     updates, _ = optimizer.update(grads, optimizer.init(parameters), parameters)
     scale = 0.2 if clip_norm else 1.0  # the gradient's norm is 5
     for name, decays in (("a", 0.5), ("b", 0.0)):

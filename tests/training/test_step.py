@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lcr.training.config import default_config
-from lcr.training.optimizer import decay_mask, make_optimizer
+from lcr.training.optimizer import make_optimizer, parameter_groups
 from lcr.training.step import Functional, Window, init_state, make_step, parameter_values, select_predictions
 
 from tests.tolerances import assert_close
@@ -28,12 +28,12 @@ def functional():
 def update(accumulation=1):
     config = default_config().optimizer
     config.warmup_steps, config.learning_rate = 0, 0.03
-    optimizer = make_optimizer(config, 100, decay_mask(functional().variables))
+    optimizer = make_optimizer(config, 100, parameter_groups(functional().variables))
     return optimizer, make_step(functional(), optimizer, accumulation)
 
 
 def fresh_state(accumulation=1):
-    return init_state(parameter_values(make_model()), update(accumulation)[0])
+    return init_state(parameter_values(make_model()), update(accumulation)[0], functional())
 
 
 def make_batch(rows=4, counted=3, packed=False):
@@ -103,7 +103,7 @@ def test_repeated_steps_learn_the_batch():
     step, state, batch = update()[1], fresh_state(), select_predictions(make_batch())
     losses = []
     for _ in range(30):
-        state = step(state.replace(window=Window.empty()), batch)
+        state = step(state.replace(window=Window.empty({})), batch)
         losses.append(float(state.window.loss))
     assert losses[-1] < 0.5 * losses[0]
 

@@ -1,0 +1,47 @@
+"""The feed-forwards that a decoder's layers choose from, by name."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+
+from lcr.layers.mlp import SwiGLU
+from lcr.layers.moe import MoE, MoEConfig
+from lcr.mixers.interface import unknown_name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwiGLUConfig:
+    """`SwiGLU` has no options but its width."""
+
+
+FEED_FORWARDS: dict[str, Any] = {
+    "swiglu": SwiGLUConfig,
+    "moe": MoEConfig,
+    "none": None,
+}
+
+
+def feed_forward_config(name: str, **options: Any) -> Any:
+    """The configuration of the feed-forward `name`; None for "none".
+
+    Raises: ValueError for an unknown option (naming the nearest known one) and for a bad value.
+    """
+    config = FEED_FORWARDS[name]
+    known = [] if config is None else [field.name for field in dataclasses.fields(config)]
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown_name(f"option of feed-forward {name!r}:", option, known))
+    return None if config is None else config(**options)
+
+
+def make_feed_forward(config: Any, d_model: int, d_ff: int, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module | None:
+    """The module of a configuration; None for None."""
+    match config:
+        case None:
+            return None
+        case MoEConfig():
+            return MoE(config, d_model, d_ff, dtype=dtype, rngs=rngs)
+        case SwiGLUConfig():
+            return SwiGLU(d_model, d_ff, dtype=dtype, rngs=rngs)
+    raise TypeError(f"config: {type(config).__name__} is no configuration of a feed-forward")
