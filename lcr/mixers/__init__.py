@@ -11,6 +11,7 @@ from lcr.mixers.interface import MixerConfig as MixerConfig
 from lcr.mixers.interface import check_whole, unknown_name
 from lcr.mixers.interface import state_bytes as state_bytes
 from lcr.mixers.mamba import MambaConfig
+from lcr.mixers.mla import MLAConfig
 from lcr.mixers.retnet import RetNetConfig
 
 MIXERS: dict[str, type[MixerConfig]] = {
@@ -18,6 +19,7 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "mha": MHAConfig,
     "mqa": MQAConfig,
     "gqa": GQAConfig,
+    "mla": MLAConfig,
     "retnet": RetNetConfig,
     "mamba": MambaConfig,
 }

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.attention.api import IMPLEMENTATIONS, attention
-from pallas_kernels.segments import document_index
 
+from lcr.layers.cache import append, attend_slots, attend_slots_and_new
 from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import apply_rope
-from lcr.layers.segments import Segments, forget, read_segments
+from lcr.layers.segments import read_segments
 from lcr.mixers.interface import check_choice, check_positive, check_whole
-from lcr.typing import Activations, Array, Bool, Int, Leaf, SegmentIds
+from lcr.typing import Activations, Leaf, SegmentIds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,12 +190,13 @@ class Attention(nnx.Module):
         segments = read_segments(segment_ids, before.segment_id, before.position, length)
         q, k, v = self._project(x, segments.positions)
         k, v = k.astype(before.keys.dtype), v.astype(before.values.dtype)
-        after = _append(before, k, v, segments)
+        cache = before.keys, before.values
+        keys, values = append(cache, (k, v), segments)
         options = {"soft_cap": self.config.soft_cap, "implementation": self.config.implementation}
         if length == 1:
             # Without the barrier XLA fuses the write into each of its readers, each with a copy of the whole cache.
-            after = jax.lax.optimization_barrier(after)
-            o = _attend_slots(q, after, segments, options)
+            keys, values = jax.lax.optimization_barrier((keys, values))
+            o = attend_slots(q, keys, values, segments, **options)
         elif state is None:
             positions = None if segments.ids is None else segments.positions
             o = attention(
@@ -203,7 +204,8 @@ class Attention(nnx.Module):
                 window=self.config.window, **options,
             )  # fmt: skip
         else:
-            o = _attend_slots_and_new(q, k, v, before, segments, self.config.window, options)
+            o = attend_slots_and_new(q, cache, (k, v), before.position, segments, self.config.window, **options)
+        after = KVCache(keys=keys, values=values, segment_id=segments.segment_id, position=segments.position)
         return self.out(o.reshape(batch, length, -1)), after
 
     def _project(self, x, positions):
@@ -218,65 +220,3 @@ class Attention(nnx.Module):
         if self.config.positions == "rope":
             q, k = (apply_rope(y, positions, base=self.config.rope_base) for y in (q, k))
         return q, k, v
-
-
-def _append(cache: KVCache, k, v, segments: Segments) -> KVCache:
-    """The cache after a call's tokens: the last S of the row's last document, each in its slot."""
-    slots, length = cache.keys.shape[1], k.shape[1]
-    keys, values = cache.keys, cache.values
-    kept = segments.positions >= segments.position[:, None] - slots
-    if segments.ids is not None:
-        document, valid = document_index(segments.ids)
-        last = document[:, -1:]
-        kept &= valid & (document == last)
-        keys, values = forget((keys, values), segments.continues & (last[:, 0] == 0))
-    nowhere = slots + jnp.arange(length, dtype=jnp.int32)[None, :]  # out of range, so dropped; and each its own
-    slot = jnp.where(kept, segments.positions % slots, nowhere)
-    row = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
-
-    def write(old, new):
-        return old.at[row, slot].set(new, mode="drop", unique_indices=True)
-
-    return KVCache(
-        keys=write(keys, k), values=write(values, v), segment_id=segments.segment_id, position=segments.position
-    )
-
-
-def _slot_positions(cache: KVCache) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
-    """The position of the token in each slot (the last one before `cache.position` that falls there); if any."""
-    slots = cache.keys.shape[1]
-    slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
-    latest = cache.position[:, None] - 1
-    positions = latest - (latest - slot) % slots
-    return positions, positions >= 0
-
-
-def _attend_slots(q, cache: KVCache, segments: Segments, options):
-    """One new token, already in its slot: it sees every slot written, and no copy of the cache is made."""
-    _, written = _slot_positions(cache)
-    valid = jnp.ones(q.shape[:2], bool) if segments.ids is None else segments.ids != 0
-    ids, slot_ids = valid.astype(jnp.int32), written.astype(jnp.int32)
-    return attention(q, cache.keys, cache.values, causal=False, segment_ids=ids, kv_segment_ids=slot_ids, **options)
-
-
-def _attend_slots_and_new(q, k, v, cache: KVCache, segments: Segments, window, options):
-    """Several new tokens after those of the cache, which are of document 1 if the first new ones go on with it."""
-    slot_positions, written = _slot_positions(cache)
-    if segments.ids is None:
-        ids = jnp.ones(q.shape[:2], jnp.int32)
-    else:
-        document, valid = document_index(segments.ids)
-        ids = jnp.where(valid, document + 1, 0)
-        written &= segments.continues[:, None]
-    slots = cache.keys.shape[1]
-    return attention(
-        q,
-        jnp.concatenate([cache.keys, k], axis=1),
-        jnp.concatenate([cache.values, v], axis=1),
-        window=slots if window is None else min(window, slots),
-        segment_ids=ids,
-        kv_segment_ids=jnp.concatenate([written.astype(jnp.int32), ids], axis=1),
-        q_positions=segments.positions,
-        kv_positions=jnp.concatenate([slot_positions, segments.positions], axis=1),
-        **options,
-    )

@@ -1,0 +1,84 @@
+"""Ring caches: the last S tokens of the document in hand, and attention to them.
+
+The token at position p of its document lies in slot p % S of every array of the cache, `[B, S, ...]`; slots not yet
+written are zero. `position` is the state's counter before the call, `segments` what the call's ids said.
+"""
+
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from pallas_kernels.attention import attention
+from pallas_kernels.segments import document_index
+
+from lcr.layers.segments import Segments, forget
+from lcr.typing import Array, Bool, Float, Int
+
+Arrays = TypeVar("Arrays", bound=tuple)
+
+
+def append(cache: Arrays, new: Arrays, segments: Segments) -> Arrays:
+    """The cache's arrays `[B, S, ...]` after a call's tokens `[B, T, ...]`: the last S of each row's last document."""
+    slots, length = cache[0].shape[1], new[0].shape[1]
+    kept = segments.positions >= segments.position[:, None] - slots
+    if segments.ids is not None:
+        document, valid = document_index(segments.ids)
+        last = document[:, -1:]
+        kept &= valid & (document == last)
+        cache = forget(cache, segments.continues & (last[:, 0] == 0))
+    nowhere = slots + jnp.arange(length, dtype=jnp.int32)[None, :]  # out of range, so dropped; and each its own
+    slot = jnp.where(kept, segments.positions % slots, nowhere)
+    row = jnp.arange(new[0].shape[0], dtype=jnp.int32)[:, None]
+    return tuple(
+        old.at[row, slot].set(added, mode="drop", unique_indices=True) for old, added in zip(cache, new, strict=True)
+    )
+
+
+def slot_positions(position: Int[Array, "B"], slots: int) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
+    """The position of the token in each slot (the last one before `position` that falls there); if any."""
+    slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
+    latest = position[:, None] - 1
+    positions = latest - (latest - slot) % slots
+    return positions, positions >= 0
+
+
+def attend_slots(
+    q: Float[Array, "B 1 H K"], keys: Float[Array, "B S G K"], values: Float[Array, "B S G V"],
+    segments: Segments, **options: Any,
+) -> Float[Array, "B 1 H V"]:  # fmt: skip
+    """One new token, already in its slot: it sees every slot written, and no copy of the cache is made."""
+    _, written = slot_positions(segments.position, keys.shape[1])
+    valid = jnp.ones(q.shape[:2], bool) if segments.ids is None else segments.ids != 0
+    ids, slot_ids = valid.astype(jnp.int32), written.astype(jnp.int32)
+    return attention(q, keys, values, causal=False, segment_ids=ids, kv_segment_ids=slot_ids, **options)
+
+
+def attend_slots_and_new(
+    q: Float[Array, "B T H K"],
+    cache: tuple[Float[Array, "B S G K"], Float[Array, "B S G V"]],
+    new: tuple[Float[Array, "B T G K"], Float[Array, "B T G V"]],
+    position: Int[Array, "B"],
+    segments: Segments,
+    window: int | None = None,
+    **options: Any,
+) -> Float[Array, "B T H V"]:
+    """Several new tokens after those of the cache, which are of document 1 if the first new ones go on with it."""
+    slots = cache[0].shape[1]
+    positions, written = slot_positions(position, slots)
+    if segments.ids is None:
+        ids = jnp.ones(q.shape[:2], jnp.int32)
+    else:
+        document, valid = document_index(segments.ids)
+        ids = jnp.where(valid, document + 1, 0)
+        written &= segments.continues[:, None]
+    keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(cache, new, strict=True))
+    return attention(
+        q,
+        keys,
+        values,
+        window=slots if window is None else min(window, slots),
+        segment_ids=ids,
+        kv_segment_ids=jnp.concatenate([written.astype(jnp.int32), ids], axis=1),
+        q_positions=segments.positions,
+        kv_positions=jnp.concatenate([positions, segments.positions], axis=1),
+        **options,
+    )
