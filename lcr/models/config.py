@@ -31,7 +31,7 @@ class ModelConfig:
     vocab_size: int
     d_model: int
     mixers: Sequence[str]
-    mixer_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    mixer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     d_ff: int | None = None
     tie_embeddings: bool = True
     dtype: str = "float32"
@@ -44,6 +44,9 @@ class ModelConfig:
         if isinstance(self.mixers, str):
             raise ValueError(f"mixers={self.mixers!r}: expected a tuple of names, like ({self.mixers!r},)")
         object.__setattr__(self, "mixers", tuple(self.mixers))
+        for name, chosen in self.mixer_options.items():
+            if not isinstance(chosen, Mapping):
+                raise ValueError(f"mixer_options: {name}={chosen!r}: expected its options, such as {{'{name}': {{}}}}")
         options = {name: dict(chosen) for name, chosen in self.mixer_options.items()}
         object.__setattr__(self, "mixer_options", FrozenDict(options))  # hashable, as a part of a jitted module is
         if not self.mixers:
