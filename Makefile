@@ -27,7 +27,7 @@ setup: .venv/installed
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing); lcr needs Python 3.12 or newer."; \
 	  echo "With pyenv: pyenv install 3.12 (this folder's .python-version then picks it)."; \
 	  echo "Otherwise: install python3.12 and its venv package, then: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .

@@ -6,7 +6,7 @@
 
 Times are medians in milliseconds, forms of one shape taken in turns, so that the ratios hold on a noisy machine;
 peak memory is the process's high-water mark during the calls, above what it held before them, inputs included.
-The results go to experiments/benchmarks/cpu.json, and the tables of README.md are what this prints.
+The results go to experiments/benchmarks/cpu.json; the tables of README.md are columns of what this prints.
 """
 
 import json

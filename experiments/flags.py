@@ -96,10 +96,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(list(argv))
     except flags.Error as error:
-        fail(explain(str(error)))
+        fail(explain(str(error), argv))
 
 
-def explain(message: str) -> str:
+def explain(message: str, argv: Sequence[str]) -> str:
     """A flag's error, in terms of the configuration where it is about one of its keys."""
     wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
     if wrong is None:
@@ -107,6 +107,8 @@ def explain(message: str) -> str:
     from lcr.training.config import RULES
 
     key, value = wrong.groups()
+    given = [arg.partition("=")[2] for arg in argv if arg.lstrip("-").startswith(f"config.{key}=")]
+    value = next((whole for whole in given if whole.startswith(value)), value)  # it may itself hold a colon
     expected = RULES[key][1] if key in RULES else "a value of the type that the key has"
     return f"{key}={value!r}: expected {expected}; set it with --config.{key}=VALUE"
 

@@ -43,7 +43,8 @@ def get_config(variant: str = "mamba") -> ConfigDict:
     config.evaluation.piece = 1024
     config.evaluation.max_tokens = 5_242_880  # at a million tokens: one prompt for each depth
     if variant == "long":
-        config.training.steps = 5000
+        config.data.curriculum = ((650, (128, 512, 1024)),)
+        config.training.steps = 3000
         config.training.checkpoint_every = 500
-        config.evaluation.lengths = (256, 1024, 4096, 16_384, 65_536, 1_048_576)
+        config.evaluation.lengths = (1024, 4096, 16_384, 65_536, 1_048_576)
     return config

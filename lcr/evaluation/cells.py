@@ -201,6 +201,7 @@ def make_row(
         batch=cell.batch,
         peak_memory_bytes=cell.peak,
         seed=grid.seed,
+        configuration=subject.configuration,
         checkpoint_step=subject.checkpoint_step,
         training_length=subject.training_length,
         git_commit=commit,

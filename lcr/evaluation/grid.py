@@ -1,6 +1,8 @@
 """What is evaluated: the grid of cells, length x depth, and the model as the rows name it."""
 
 import dataclasses
+import hashlib
+import json
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -73,6 +75,7 @@ class Subject:
     question: str
     checkpoint_step: int
     training_length: int
+    configuration: str = ""
 
 
 def grid_from_config(config: ConfigDict) -> Grid:
@@ -106,9 +109,16 @@ def subject_from_config(config: ConfigDict, step: int) -> Subject:
         architecture=config.name,
         haystack=config.task.get("haystack", ""),
         question=config.task.get("question", ""),
+        configuration=configuration_digest(config),
         checkpoint_step=step,
         training_length=max(max(lengths) for start, lengths in stages if start < max(step, 1)),
     )
+
+
+def configuration_digest(config: ConfigDict) -> str:
+    """Twelve hex digits that differ where two runs were trained differently: of model, task, data, optimizer, seed."""
+    plain = {key: value for key, value in config.to_dict().items() if key not in ("name", "training", "evaluation")}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def row_key(subject: Subject, task: Task, grid: Grid, length: int, depth: float) -> tuple:
@@ -122,6 +132,7 @@ def row_key(subject: Subject, task: Task, grid: Grid, length: int, depth: float)
         depth,
         grid.samples_at(length),
         grid.seed,
+        subject.configuration,
         subject.checkpoint_step,
     )
 

@@ -44,44 +44,47 @@ def style(index: int) -> dict:
 
 
 def draw_heatmap(series: Series, lengths: Sequence[int], depths: Sequence[float], theme: Theme = LIGHT) -> Figure:
-    """Exact match of one series, depth downwards by length to the right; cells without a row are hatched."""
+    """Exact match of one series, depth downwards by length (log scale) to the right; cells without a row are hatched.
+
+    Cells are equally wide, each centred at its length: where a length is further from the next, there is a gap.
+    """
+    x = np.log2(lengths)
+    width = float(np.diff(x).min()) if len(x) > 1 else 1.0
+    columns = min((x[-1] - x[0]) / width + 1, 16)
     figure = Figure(
-        figsize=(2.1 + 0.62 * max(len(lengths), 6), 1.55 + 0.46 * max(len(depths), 3)),
+        figsize=(2.1 + 0.62 * max(columns, 6), 1.55 + 0.46 * max(len(depths), 3)),
         layout="constrained",
         facecolor=theme.ground,
     )
     axes = figure.add_subplot(facecolor=theme.ground)
-    shares = np.full((len(depths), len(lengths)), np.nan)
-    for (length, depth), row in series.cells.items():
-        shares[depths.index(depth), lengths.index(length)] = row.exact_match
     colours = matplotlib.colormaps[MAP]
-    image = axes.imshow(shares, cmap=colours, vmin=0, vmax=1, aspect="auto")
-    for (i, j), share in np.ndenumerate(shares):
-        if np.isnan(share):
-            axes.add_patch(
-                Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=theme.empty, edgecolor=theme.muted, hatch="////", lw=0)
-            )
+    hatched = False
+    for (i, depth), (j, length) in itertools.product(enumerate(depths), enumerate(lengths)):
+        row = series.cells.get((length, depth))
+        look = {"facecolor": theme.empty, "edgecolor": theme.muted, "hatch": "////", "lw": 0}
+        if row is None:
+            hatched = True
         else:
-            axes.text(
-                j, i, write_percent(share), ha="center", va="center", fontsize=9.5, color=ink(colours(float(share)))
-            )
-    axes.set_xticks(range(len(lengths)), [write_length(length) for length in lengths])
+            look = {"facecolor": colours(row.exact_match), "edgecolor": theme.ground, "lw": 1.5}
+            colour = ink(colours(float(row.exact_match)))
+            axes.text(x[j], i, write_percent(row.exact_match), ha="center", va="center", fontsize=9.5, color=colour)
+        axes.add_patch(Rectangle((x[j] - width / 2, i - 0.5), width, 1, **look))
+    axes.set_xticks(x, [write_length(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
-    # lines between the cells, in the colour of the ground
-    axes.set_xticks(np.arange(len(lengths) + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(len(depths) + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color=theme.ground, linewidth=1.5)
+    axes.set_xlim(x[0] - width / 2, x[-1] + width / 2)
+    axes.set_ylim(len(depths) - 0.5, -0.5)
     axes.tick_params(which="both", length=0, colors=theme.text)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("length in tokens", color=theme.muted)
+    axes.set_xlabel("length in tokens, log scale", color=theme.muted)
     axes.set_ylabel("depth of the needle\n(0 = start of the prompt)", color=theme.muted)
-    mark_training(axes, sum(length <= series.training_length for length in lengths), len(lengths), series, theme)
+    mark_training(axes, x, width, series, theme)
     axes.set_title(series.label, loc="left", color=theme.text, fontweight="bold", pad=22)
-    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), ticks=[0, 0.5, 1], pad=0.015, aspect=12)
+    shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), colours)
+    bar = figure.colorbar(shades, ax=axes, format=PercentFormatter(1.0), ticks=[0, 0.5, 1], pad=0.015, aspect=12)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, colors=theme.muted)
     bar.set_label("exact match", color=theme.muted)
-    if np.isnan(shares).any():
+    if hatched:
         figure.supxlabel("hatched: not run", x=0.995, ha="right", fontsize=8.5, color=theme.muted)
     return figure
 
@@ -93,9 +96,16 @@ def ink(colour: tuple[float, float, float, float]) -> str:
     return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
 
 
-def mark_training(axes: Axes, met: int, columns: int, series: Series, theme: Theme) -> None:
-    """A labelled line after the first `met` of the columns, those of lengths met in training."""
-    x = met - 0.5
+def mark_training(axes: Axes, columns: np.ndarray, width: float, series: Series, theme: Theme) -> None:
+    """A labelled line at the training length, but beside the cells, never through one.
+
+    columns: log2 of the lengths. width: of a cell.
+    """
+    met = int((columns <= np.log2(series.training_length)).sum())
+    least = columns[met - 1] + width / 2 if met else columns[0] - width / 2
+    most = columns[met] - width / 2 if met < len(columns) else least
+    x = float(np.clip(np.log2(series.training_length), least, max(least, most)))
+    part = (x - columns[0]) / max(columns[-1] - columns[0], 1)
     axes.axvline(x, color=theme.text, linewidth=1.8, linestyle=(0, (4, 2)), clip_on=False)
     axes.annotate(
         f"trained on up to {write_length(series.training_length)} tokens",
@@ -103,7 +113,7 @@ def mark_training(axes: Axes, met: int, columns: int, series: Series, theme: The
         xycoords=axes.get_xaxis_transform(),
         xytext=(0, 5),
         textcoords="offset points",
-        ha="left" if met < 2 else "right" if met == columns else "center",
+        ha="left" if part < 0.35 else "right" if part > 0.65 else "center",
         fontsize=8.5,
         color=theme.text,
     )

@@ -37,6 +37,8 @@ class Row:
     batch:             rows that were read together.
     peak_memory_bytes: most memory in use while this cell was computed (see `lcr.evaluation.memory`).
     seed:              of the prompts.
+    configuration:     digest of what decided the training (see `subject_from_config`): a model trained anew in the same
+                       folder is another one. "" in rows of before there was one.
     checkpoint_step, training_length: of the model: optimiser steps, and the longest example it was trained on.
     git_commit, versions, date: of the code, its libraries, and the row (UTC, ISO 8601).
     """
@@ -68,6 +70,7 @@ class Row:
     git_commit: str
     versions: dict[str, str]
     date: str
+    configuration: str = ""
 
     @property
     def key(self) -> tuple:
@@ -81,6 +84,7 @@ class Row:
             self.depth,
             self.samples,
             self.seed,
+            self.configuration,
             self.checkpoint_step,
         )
 
@@ -98,6 +102,7 @@ def parse_row(text: str) -> Row:
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, found {type(values).__name__}")
     kinds = {field.name: _KINDS[field.type] for field in dataclasses.fields(Row)}
+    values.setdefault("configuration", "")
     if missing := kinds.keys() - values.keys():
         raise ValueError(f"no value for {', '.join(sorted(missing))}")
     for name, kind in kinds.items():

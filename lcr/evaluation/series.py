@@ -84,7 +84,7 @@ class Series:
 def select_series(rows: Sequence[Row]) -> tuple[list[Series], list[str]]:
     """Groups the rows, oldest first, into series, in the order in which they first appear.
 
-    Of each architecture and question the checkpoint and seed of the newest row are shown, and of a cell that was
+    Of each architecture and question the configuration, checkpoint and seed of the newest row are shown, and of a cell that was
     evaluated more than once the row with the most samples (the newest among equals). The second result says, a
     sentence for each series concerned, what is therefore not shown.
     """
@@ -95,7 +95,8 @@ def select_series(rows: Sequence[Row]) -> tuple[list[Series], list[str]]:
     series, notes = [], []
     for name, group in zip(names, groups.values(), strict=True):
         newest = group[-1]
-        shown = [row for row in group if (row.checkpoint_step, row.seed) == (newest.checkpoint_step, newest.seed)]
+        model = (newest.configuration, newest.checkpoint_step, newest.seed)
+        shown = [row for row in group if (row.configuration, row.checkpoint_step, row.seed) == model]
         cells: dict[tuple[int, float], Row] = {}
         for row in shown:
             cell = (row.length, row.depth)
@@ -104,8 +105,8 @@ def select_series(rows: Sequence[Row]) -> tuple[list[Series], list[str]]:
         series.append(Series(name, dict(sorted(cells.items()))))
         if len(cells) < len(group):
             notes.append(
-                f"{name}: {len(cells)} of {len(group)} rows are shown, those of checkpoint step "
-                f"{newest.checkpoint_step} and seed {newest.seed} with the most samples."
+                f"{name}: {len(cells)} of {len(group)} rows are shown, those of the newest "
+                f"configuration, checkpoint step {newest.checkpoint_step} and seed {newest.seed} with the most samples."
             )
     return series, notes
 

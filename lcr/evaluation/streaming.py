@@ -3,7 +3,8 @@
 Only the state stays between pieces (its buffers are donated), and only the last position's logits are computed:
 for a state of constant size the memory needed does not grow with the length. A prompt's first piece takes what is
 left over when the rest is cut into whole pieces, with padding on its left, so that three programs serve every
-length: the first piece, a whole piece, and the decoding of the answer.
+length: the first piece, a whole piece, and the decoding of the answer (of states that grow with the length, each
+length has three of its own).
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ from lcr.layers.cache import append, attend_slots, attend_slots_and_new
 from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import apply_rope
 from lcr.layers.segments import read_segments
-from lcr.mixers.interface import check_choice, check_positive, check_whole
+from lcr.mixers.interface import check_choice, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -48,8 +48,7 @@ class AttentionConfig:
         ):
             check(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
         check_choice("positions", self.positions, ("rope", "none"))
-        if self.implementation is not None:
-            check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
 
     def head_sizes(self, d_model: int) -> tuple[int, int, int]:
         """`(H, G, K)` for a model of this width. Raises: ValueError where they do not divide."""

@@ -8,9 +8,11 @@ Output first, state second (`jax.lax.scan` wants them the other way round: wrap 
 """
 
 import difflib
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lcr.typing import Activations, SegmentIds, State
@@ -28,7 +30,8 @@ class Mixer(Protocol):
         x: activations, cast to the mixer's compute dtype; the output has that dtype.
         state: what an earlier call (or `init_state`) returned; None starts fresh, with room for these T tokens.
         segment_ids: 0 is padding (state untouched, output zero); a change of id is a document boundary (everything
-            from before is forgotten, positions restart); None: all tokens belong to the document in hand.
+            from before is forgotten, positions restart); None: all tokens belong to the document in hand. What
+            stands in padding does not matter, as long as it is finite.
         """
         ...
 
@@ -70,8 +73,20 @@ def check_choice(argument: str, value: object, known: Any) -> None:
 def check_positive(**arguments: object) -> None:
     """Each argument must be a number above zero."""
     for argument, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"{argument}={value!r}: expected a number above 0")
+
+
+def check_compute(dtype: object, implementation: object, known: Any) -> None:
+    """`dtype` names a float type, and `implementation` (if any) is one of those that the mixer's op has."""
+    try:
+        good = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        good = False
+    if not good:
+        raise ValueError(f"dtype={dtype!r}: expected a float type, such as 'float32' or 'bfloat16'")
+    if implementation is not None:
+        check_choice("implementation", implementation, known)
 
 
 def check_whole(**arguments: object) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.selective_scan.api import IMPLEMENTATIONS, selective_scan
 
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
-from lcr.mixers.interface import check_positive, check_whole
+from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -49,6 +49,7 @@ class MambaConfig:
             check_whole(dt_rank=self.dt_rank)
         for name in ("dt_min", "dt_max", "dt_floor", "dt_scale", "decay_scale"):
             check_positive(**{name: getattr(self, name)})
+        check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
         if self.dt_min > self.dt_max:
             raise ValueError(f"dt_min={self.dt_min}: expected at most dt_max={self.dt_max}")
 

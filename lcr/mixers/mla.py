@@ -12,7 +12,7 @@ from lcr.layers.cache import append, attend_slots, attend_slots_and_new
 from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import apply_rope
 from lcr.layers.segments import read_segments
-from lcr.mixers.interface import check_choice, check_positive, check_whole
+from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Float, Int, Leaf, SegmentIds
 
 
@@ -54,8 +54,7 @@ class MLAConfig:
                 check_whole(**{name: getattr(self, name)})
         if self.rope_head_dim is not None and self.rope_head_dim % 2:
             raise ValueError(f"rope_head_dim={self.rope_head_dim}: expected an even width, as pairs are rotated")
-        if self.implementation is not None:
-            check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
 
     def sized(self, d_model: int) -> "MLAConfig":
         """With every size filled in. Raises: ValueError where the heads do not divide the width."""

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from pallas_kernels.linear_attention import linear_attention
+from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attention
 
 from lcr.layers.rope import rotate
 from lcr.layers.segments import forget, read_segments
-from lcr.mixers.interface import check_positive, check_whole
+from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
 
 
@@ -44,6 +44,7 @@ class RetNetConfig:
         if self.decay_exponents is not None:
             for exponent in self.decay_exponents:
                 check_positive(decay_exponents=exponent)
+        check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "RetNet":
         return RetNet(self, d_model, rngs=rngs)

@@ -35,10 +35,10 @@ class ModelConfig:
     vocab_size: int
     d_model: int
     mixers: Sequence[str]
-    mixer_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    mixer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     d_ff: int | None = None
     feed_forward: str | Sequence[str] = "swiglu"
-    feed_forward_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    feed_forward_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tie_embeddings: bool = True
     dtype: str = "float32"
     remat: str = "none"
@@ -50,9 +50,13 @@ class ModelConfig:
         if isinstance(self.mixers, str):
             raise ValueError(f"mixers={self.mixers!r}: expected a tuple of names, like ({self.mixers!r},)")
         object.__setattr__(self, "mixers", tuple(self.mixers))
-        for field in ("mixer_options", "feed_forward_options"):  # hashable, as a part of a jitted module is
-            options = {name: dict(chosen) for name, chosen in getattr(self, field).items()}
-            object.__setattr__(self, field, FrozenDict(options))
+        for field in ("mixer_options", "feed_forward_options"):
+            options = getattr(self, field)
+            for name, chosen in options.items():
+                if not isinstance(chosen, Mapping):
+                    raise ValueError(f"{field}: {name}={chosen!r}: expected its options, such as {{'{name}': {{}}}}")
+            # hashable, as a part of a jitted module is
+            object.__setattr__(self, field, FrozenDict({name: dict(chosen) for name, chosen in options.items()}))
         if not self.mixers:
             raise ValueError("mixers=(): expected at least one mixer's name")
         check_choice("dtype", self.dtype, DTYPES)

@@ -69,9 +69,10 @@ def file_sums(path: Path) -> dict[str, list[int]]:
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint, None where there is none or it cannot be read."""
     try:
-        return json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
 
 
 def find_damage(path: Path) -> str | None:

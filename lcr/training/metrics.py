@@ -1,6 +1,7 @@
 """What a run reports: `metrics.jsonl`, one JSON object a row, and the same for TensorBoard (without TensorFlow)."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -8,6 +9,8 @@ from typing import Any, NotRequired, TypedDict
 from tensorboardX import SummaryWriter
 
 METRICS = "metrics.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 class Row(TypedDict):
@@ -39,7 +42,7 @@ class Row(TypedDict):
 
 
 class MetricsLog:
-    """Appends rows; each is on disk before `write` returns.
+    """Appends rows; each is in the file, whole, before `write` returns.
 
     step: rows past it are dropped when the log is opened (they were written after the checkpoint from which the run
         goes on, and will be written again), and so is a last row that was cut short.
@@ -67,11 +70,21 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics file; a last one that was cut short is left out. No file: no rows."""
+    """The whole rows of a metrics file; a last one that was cut short is left out, and any other line that is no row
+    is passed over with a warning. No file: no rows."""
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        else:
+            log.warning("%s, line %d is damaged; it is left out", path, number)
+    return rows
 
 
 def drop_rows(path: Path, step: int) -> None:

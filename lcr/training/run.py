@@ -55,12 +55,21 @@ def read_config(workdir: Path) -> ConfigDict:
             f"workdir={str(workdir)!r}: there is no {CONFIG} in it; expected the folder of a run, as "
             "`python -m experiments.train --workdir=...` makes it"
         )
-    try:
-        config = from_plain(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is damaged ({error}); restore it from a copy, or train in a new workdir") from error
+    config = from_plain(read_plain(path))
     check_keys(config)
     return config
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """A configuration as JSON holds it. Raises ConfigError where the file is damaged."""
+    mend = "restore it from a copy, or train in a new workdir"
+    try:
+        plain = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); {mend}") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} is damaged (expected a JSON object, found {type(plain).__name__}); {mend}")
+    return plain
 
 
 def choose_step(workdir: Path, step: int | None) -> int:

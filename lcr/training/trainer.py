@@ -30,7 +30,7 @@ from lcr.training.config import FREE_ON_RESUME, ConfigError, check_config, diffe
 from lcr.training.metrics import MetricsLog, Row
 from lcr.training.optimizer import make_optimizer, make_schedule, parameter_groups
 from lcr.training.progress import Progress
-from lcr.training.run import CHECKPOINTS, CONFIG, make_abstract_model, make_run_model, make_run_task
+from lcr.training.run import CHECKPOINTS, CONFIG, make_abstract_model, make_run_model, make_run_task, read_plain
 from lcr.training.signals import Stopped, StopSignals
 from lcr.training.step import (
     Functional,
@@ -83,11 +83,7 @@ def enter_workdir(config: ConfigDict, workdir: Path) -> None:
     path = workdir / CONFIG
     plain = to_plain(config)
     if path.is_file():
-        try:
-            held = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is damaged ({error}); restore it, or use a new workdir") from error
-        changed = differences(held, plain)
+        changed = differences(read_plain(path), plain)
         wrong = {key: values for key, values in changed.items() if not key.startswith(FREE_ON_RESUME)}
         if wrong:
             rows = "".join(f"\n  {key}: {old!r} there, {new!r} here" for key, (old, new) in wrong.items())
@@ -98,7 +94,12 @@ def enter_workdir(config: ConfigDict, workdir: Path) -> None:
         if "training.steps" in changed:
             old, new = changed["training.steps"]
             log.warning("training.steps was %s and is %s now: the learning rate follows that from here on", old, new)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"workdir={str(workdir)!r}: the folder cannot be made ({error.strerror}); give one that can be written to"
+        ) from error
     part = workdir / (CONFIG + ".part")
     part.write_text(json.dumps(plain, indent=2) + "\n")
     os.replace(part, path)

@@ -55,14 +55,14 @@ def chunked(
     initial_state: Float[Array, "B H K V"] | None,
     segment_ids: Int[Array, "B T"] | None,
     scale: float,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """See `linear_attention`. Any T: full chunks are scanned, what is left over is one shorter chunk.
+    """See `linear_attention`. Any T: full chunks (of `CHUNK` tokens if None) are scanned, what is left over is one shorter chunk.
 
     Backward: differentiated through the scan, with everything inside a chunk computed again; what is kept is one
     state a chunk, `B H K V / C` numbers a token.
     """
-    length = q.shape[1]
+    length, chunk = q.shape[1], chunk or CHUNK
     state = empty_state(q, v) if initial_state is None else initial_state
     dtype = np.promote_types(q.dtype, np.float32)
     if length == 1:

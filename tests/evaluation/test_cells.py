@@ -6,11 +6,20 @@ from ml_collections import ConfigDict
 from stand_ins import DIGIT, Constant, Remembering, make_row
 
 from lcr.evaluation.cells import evaluate_grid, evaluate_run
-from lcr.evaluation.grid import Grid, GridError, Subject, grid_from_config, prompt_generator, subject_from_config
+from lcr.evaluation.grid import (
+    Grid,
+    GridError,
+    Subject,
+    configuration_digest,
+    grid_from_config,
+    prompt_generator,
+    subject_from_config,
+)
 from lcr.evaluation.progress import EvaluationProgress
 from lcr.evaluation.results import append_row, read_rows
 from lcr.evaluation.streaming import Reply, Streamer
 from lcr.tasks import make_task
+from lcr.training.config import default_config
 
 PROMPT = (1963459761, 2113623174, 1782457318, 1443668659)  # recorded rows name these prompts
 SUBJECT = Subject("stand-in", "repeat", "last", checkpoint_step=7, training_length=128)
@@ -100,6 +109,31 @@ def test_a_model_that_always_says_the_same_scores_about_chance(tmp_path):
     assert all(row.exact_match == 0 for row in rows)
     assert all(row.digit_accuracy_low < 0.1 < row.digit_accuracy_high for row in rows)
     assert (rows[0].chance_exact_match, rows[0].chance_digit) == (1e-5, 0.1)
+
+
+def test_tokens_per_second_are_those_of_a_batch(tmp_path):
+    rows = evaluate(tmp_path / "results.jsonl")  # three batches of four prompts a length, half a second each
+    speeds = {row.length: row.tokens_per_second for row in rows}
+    assert speeds == {90: 4 * 85 / 0.5, 200: 4 * 195 / 0.5}
+
+
+def test_a_model_trained_in_another_way_is_evaluated_anew(tmp_path):
+    path = tmp_path / "results.jsonl"
+    evaluate(path)
+    rows = evaluate(path, subject=dataclasses.replace(SUBJECT, configuration="0123456789ab"))
+    assert len(read_rows(path)[0]) == 2 * len(rows)
+
+
+def test_the_digest_of_a_configuration_is_of_what_decides_the_training():
+    def digest(**changes):
+        config = default_config()
+        config.update_from_flattened_dict(changes)
+        return subject_from_config(config, 7).configuration
+
+    assert len(digest()) == 12
+    assert digest() == digest(**{"evaluation.samples": 3, "training.steps": 9, "name": "other"})
+    others = {"seed": 1}, {"optimizer.learning_rate": 1e-4}, {"model.d_ff": 0}
+    assert len({digest(), *(digest(**changes) for changes in others)}) == 4
 
 
 @pytest.mark.parametrize("batch", [1, 7, 100])
@@ -233,7 +267,9 @@ def test_the_configuration_gives_the_grid():
 def test_the_training_length_is_the_longest_met_up_to_the_checkpoint():
     lengths = [subject_from_config(make_config(), step).training_length for step in (0, 10, 11, 20, 21)]
     assert lengths == [96, 96, 128, 128, 256]
-    assert subject_from_config(make_config(), 9) == Subject("mine", "words", "first", 9, 96)
+    assert subject_from_config(make_config(), 9) == Subject(
+        "mine", "words", "first", 9, 96, configuration_digest(make_config())
+    )
 
 
 def test_a_task_without_questions_is_refused(tmp_path):

@@ -119,15 +119,17 @@ def test_the_heatmap_shows_numbers_training_length_and_what_was_not_run():
     (series,), _ = select_series(make_rows()[:-1])
     figure = plots.draw_heatmap(series, list(LENGTHS), list(DEPTHS))
     axes = figure.axes[0]
-    shares = np.asarray(axes.images[0].get_array().filled(np.nan))
-    assert shares.shape == (3, 3) and shares[0].tolist() == [1.0, 1.0, 0.15] and np.isnan(shares[2, 2])
-    assert len(axes.patches) == 1 and axes.patches[0].get_hatch()
-    assert axes.patches[0].get_xy() == (1.5, 1.5)
+    # one octave wide each, centred at their lengths; the last, of 64K at depth 1, was not run
+    assert [patch.get_xy() for patch in axes.patches[:3]] == [(8.5, -0.5), (9.5, -0.5), (15.5, -0.5)]
+    colours = plots.matplotlib.colormaps[plots.MAP]
+    assert [patch.get_facecolor() for patch in axes.patches[:3]] == [colours(1.0), colours(1.0), colours(0.15)]
+    assert [bool(patch.get_hatch()) for patch in axes.patches] == [False] * 8 + [True]
+    assert axes.patches[8].get_xy() == (15.5, 1.5)
     assert [text for text in texts(figure) if text.isdigit()] == ["100"] * 2 + ["15"] + ["100"] * 2 + ["15"] + [
         "100"
     ] * 2
     assert "trained on up to 640 tokens" in texts(figure)
-    assert axes.lines[0].get_xdata()[0] == 0.5, "640 lies between the cells of 512 and of 1K"
+    assert axes.lines[0].get_xdata()[0] == 9.5, "640 lies between the cells of 512 and of 1K"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["512", "1K", "64K"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0", "0.5", "1"]
     assert axes.yaxis_inverted(), "depth 0 is at the top"
@@ -174,7 +176,7 @@ def test_of_each_architecture_the_newest_checkpoint_is_shown_and_the_rest_is_tol
     (series, other), notes = select_series([*old, *new, *more, *make_rows("retnet")])
     assert {row.checkpoint_step for row in series.cells.values()} == {400} and len(series.cells) == 9
     assert series.cells[512, 0.0].samples == 20
-    assert notes == ["mamba: 9 of 19 rows are shown, those of checkpoint step 400 and seed 0 with the most samples."]
+    assert notes == ["mamba: 9 of 19 rows are shown, those of the newest configuration, checkpoint step 400 and seed 0 with the most samples."]
     assert (series.label, other.label) == ("mamba", "retnet")
 
 

@@ -97,7 +97,7 @@ def test_versions_name_what_the_row_depends_on():
 
 def test_the_key_is_what_a_resumed_sweep_compares():
     fields = {field.name for field in dataclasses.fields(Row)}
-    in_key = "architecture task haystack question length depth samples seed checkpoint_step".split()
+    in_key = "architecture task haystack question length depth samples seed configuration checkpoint_step".split()
     for name in fields:
         value = getattr(make_row(), name)
         other = {"new": "1"} if isinstance(value, dict) else value + ("x" if isinstance(value, str) else 1)

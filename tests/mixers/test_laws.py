@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from compiling import OPTIMIZED
 from flax import nnx
+from pallas_kernels.linear_attention import chunked as linear_attention_chunked
+from pallas_kernels.selective_scan import chunked as selective_scan_chunked
 from tolerances import assert_close
 
 BATCH, LENGTH, WIDTH = 3, 24, 32
@@ -21,6 +23,7 @@ CAPACITY = 64
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention, window 5, norm, cap": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
     "gqa, no positions": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
+    "retnet, in chunks": ("retnet", {"implementation": "chunked"}),  # its default at these sizes is the token loop
     "mamba, 5 states, 2 taps": ("mamba", {"state_size": 5, "conv_width": 2}),
 }
 
@@ -42,9 +45,8 @@ class Built:
 
     def __init__(self, case, dtype, implementation, width):
         name, options = CASES[case]
-        self.mixer = lcr.make_mixer(
-            name, width, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), implementation=implementation, **options
-        )
+        options = options | ({} if implementation is None else {"implementation": implementation})
+        self.mixer = lcr.make_mixer(name, width, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), **options)
         self.graph, parameters = nnx.split(self.mixer)
         # Away from the special values (zeros, ones) that initialisers give.
         leaves, tree = jax.tree.flatten(parameters)
@@ -118,6 +120,15 @@ def used_state(built):
     """A state that has read eight tokens of documents 3, 9 and 4: rows 0 and 2 of IDS go on with theirs."""
     ids = jnp.broadcast_to(jnp.array([[3], [9], [4]], jnp.int32), (BATCH, 8))
     return built.call(inputs(3, 8), built.mixer.init_state(BATCH, CAPACITY), ids)[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_chunks():
+    """Chunks of eight tokens, so that calls of twenty-four have boundaries between chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selective_scan_chunked, "CHUNK_LENGTH", 8)
+        patch.setattr(linear_attention_chunked, "CHUNK", 8)
+        yield
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.replace(", ", "-").replace(" ", "_"))

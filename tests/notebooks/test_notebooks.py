@@ -1,6 +1,9 @@
 """Every notebook runs from top to bottom, in a short setting, and shows what it promises."""
 
+import importlib.util
 import pathlib
+import subprocess
+import sys
 
 import nbclient
 import nbformat
@@ -29,6 +32,31 @@ def test_runs(name, tmp_path):
     assert len(pictures) == 2, "a learning curve and a heat-map"
     printed = "".join(output.get("text", "") for output in shown)
     assert "The pass key is" in printed and "Mamba's state:" in printed
+
+
+def first_cell(folder, monkeypatch):
+    """Runs the installing cell of the passkey notebook in `folder` as if lcr were not installed; what it would run."""
+    source = next(c.source for c in nbformat.read(NOTEBOOKS / "passkey.ipynb", 4).cells if c.cell_type == "code")
+    commands = []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    exec(source, {})
+    return commands
+
+
+def test_the_first_cell_installs_a_checkout_above_or_beside_it(tmp_path, monkeypatch):
+    """Not as editable: a running kernel would not find that."""
+    root = NOTEBOOKS.parent
+    install = [sys.executable, "-m", "pip", "install", "--quiet"]
+    assert first_cell(NOTEBOOKS, monkeypatch) == [[*install, str(root)]]
+    (tmp_path / "lcr").symlink_to(root)
+    assert first_cell(tmp_path, monkeypatch) == [[*install, str(tmp_path / "lcr")]]
+
+
+def test_the_first_cell_says_what_is_missing(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="set SOURCE to a checkout's folder"):
+        first_cell(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", SHORT)

@@ -93,6 +93,9 @@ def test_a_damaged_configuration_is_an_error(workdir):
     (workdir / "config.json").write_text('{"name": "mam')
     with pytest.raises(ConfigError, match="config.json is damaged"):
         load_run(workdir)
+    (workdir / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="config.json is damaged .expected a JSON object, found list"):
+        load_run(workdir)
 
 
 def test_a_configuration_of_another_version_is_an_error_that_names_the_key(workdir):

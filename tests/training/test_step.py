@@ -129,6 +129,24 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_remembered():
     assert state.failure.step == 2
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is():
+    """sqrt has an infinite slope at 0, where its value is 0."""
+
+    class Edge(Toy):
+        def __call__(self, *args, **options):
+            logits, states = super().__call__(*args, **options)
+            return logits + jnp.sqrt(jnp.abs(self.log_decay[...] * 0)).sum(), states
+
+    model = Edge({"d_model": 8, "vocab_size": VOCAB}, rngs=nnx.Rngs(3))
+    optimizer = update()[0]
+    state = init_state(parameter_values(model), optimizer, Functional(model))
+    before = jax.device_get(state.parameters)
+    state = make_step(Functional(model), optimizer)(state, select_predictions(make_batch()))
+    assert np.isfinite(state.failure.loss) and not np.isfinite(state.failure.grad_norm)
+    assert state.failure.step == 1
+    assert_close(state.parameters, before, "exact")
+
+
 def test_a_model_with_other_variables_than_parameters_is_refused():
     model = make_model()
     model.count = nnx.BatchStat(jnp.zeros(3))

@@ -142,6 +142,22 @@ def test_a_workdir_with_another_configuration_is_refused_naming_what_differs(who
     assert json.loads((whole / "config.json").read_text())["seed"] == 0
 
 
+def test_a_damaged_line_of_metrics_is_left_out_with_a_warning(tmp_path, caplog):
+    train(toy_config(**{"training.steps": 4}), tmp_path, progress=False)
+    path = tmp_path / "metrics.jsonl"
+    first, second, _ = path.read_text().split("\n")
+    path.write_text(f"{first[:20]}\n{second}\n")
+    train(toy_config(**{"training.steps": 6}), tmp_path, progress=False)
+    assert "metrics.jsonl, line 1 is damaged; it is left out" in caplog.text
+    assert [row["step"] for row in read_rows(path)] == [4, 6]
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="workdir='.*file': the folder cannot be made .* give one that can be written"):
+        train(toy_config(), tmp_path / "file", progress=False)
+
+
 def test_a_run_may_be_made_longer_and_says_what_that_means(tmp_path, caplog):
     train(toy_config(**{"training.steps": 4}), tmp_path, progress=False)
     row = train(toy_config(**{"training.steps": 6, "evaluation.samples": 3}), tmp_path, progress=False)
