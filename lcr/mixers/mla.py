@@ -13,7 +13,7 @@ from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import apply_rope
 from lcr.layers.segments import read_segments
 from lcr.mixers.interface import check_compute, check_positive, check_whole
-from lcr.typing import Activations, Float, Int, Leaf, SegmentIds
+from lcr.typing import Activations, Array, Float, Int, Leaf, SegmentIds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
