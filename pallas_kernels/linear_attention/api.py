@@ -17,8 +17,8 @@ LOOP_STATE = 32_768
 
 
 def linear_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H K"] | Float[Array, "B T H"] | Float[Array, "H"] | None = None,
     *,
@@ -34,7 +34,9 @@ def linear_attention(
 
     or, with a bonus u for the current token,             o_t = scale q_t (S_{t-1} + diag(u) k_t v_t^T)
 
-    q, k, v: one dtype, `[B, T, H, K]`, `[B, T, H, K]` and `[B, T, H, V]`; any T >= 1.
+    q, k, v: one dtype, `[B, T, G, K]`, `[B, T, G, K]` and `[B, T, H, V]`; any T >= 1. H is G, or a multiple of it: then
+        heads 0, 1, ..., H / G - 1 share the first q and k, and so on (the groups of Mamba-2), which the chunked form
+        with scalar decay never repeats.
     log_decay: g, at most 0: `[B, T, H, K]` (one for each token and key channel), `[B, T, H]` (one for all channels),
         `[H]` (one for each head: a table made once, unless there are segment_ids) or None (no decay). -inf forgets
         everything.
@@ -57,7 +59,7 @@ def linear_attention(
     """
     _check(q, k, v, log_decay, bonus, initial_state, segment_ids)
     if implementation is None:
-        implementation = default_implementation(q.shape, v.shape[-1], jax.default_backend())
+        implementation = default_implementation((*v.shape[:3], q.shape[3]), v.shape[3], jax.default_backend())
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r} of linear_attention. Known: {', '.join(IMPLEMENTATIONS)}."
@@ -68,7 +70,7 @@ def linear_attention(
 
 
 def default_implementation(shape: tuple[int, int, int, int], value_width: int, backend: str) -> str:
-    """What `implementation=None` stands for, given q's shape, V and JAX's default backend."""
+    """What `implementation=None` stands for, given `[B, T, H, K]`, V and JAX's default backend."""
     batch, length, heads, width = shape
     small = batch * heads * width * value_width <= LOOP_STATE
     return "loop_forward" if backend == "cpu" and small and length > 1 else "chunked"
@@ -104,19 +106,23 @@ def _log_choice(implementation):
 
 def _check(q, k, v, log_decay, bonus, initial_state, segment_ids):
     if q.ndim != 4 or 0 in q.shape:
-        raise ValueError(f"q of shape {q.shape}: expected [B, T, H, K] with nothing empty")
-    batch, length, heads, width = q.shape
+        raise ValueError(f"q of shape {q.shape}: expected [B, T, G, K] with nothing empty")
+    batch, length, groups, width = q.shape
     if k.shape != q.shape:
         raise ValueError(f"k of shape {k.shape} with q of shape {q.shape}: expected the same shape")
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"v of shape {v.shape} with q of shape {q.shape}: expected [{batch}, {length}, {heads}, V]")
+    if v.ndim != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % groups or 0 in v.shape:
+        raise ValueError(
+            f"v of shape {v.shape} with q of shape {q.shape}: expected [{batch}, {length}, H, V] with H = {groups}, or "
+            "a multiple of it"
+        )
+    heads = v.shape[2]
     if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}: expected one float dtype; cast them")
-    if log_decay is not None and log_decay.shape not in (q.shape, (batch, length, heads), (heads,)):
+    decays = {(batch, length, heads, width): "channel", (batch, length, heads): "token", (heads,): "head"}
+    if log_decay is not None and log_decay.shape not in decays:
+        known = ", ".join(f"{list(shape)} (one for each {what})" for shape, what in decays.items())
         raise ValueError(
-            f"log_decay of shape {log_decay.shape} with q of shape {q.shape}: expected {list(q.shape)} (one for each "
-            f"token, head and key channel), [{batch}, {length}, {heads}] (one for each token and head), [{heads}] (one "
-            "for each head) or None"
+            f"log_decay of shape {log_decay.shape} with q of shape {q.shape}: expected {known} or None"
         )
     if bonus is not None and bonus.shape != (heads, width):
         raise ValueError(f"bonus of shape {bonus.shape}: expected [H, K] = {[heads, width]}, as in q")

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.linear_attention.reference import (
     as_log_decay,
     empty_state,
+    for_each_head,
     product,
     read_and_write,
     step,
@@ -36,8 +37,8 @@ CHUNK = 64  # fastest of 32, 64, 128 and 256 on CPU, forward and backward, for w
 class Chunk(NamedTuple):
     """One chunk of the inputs; over all chunks, the same with the chunks in front."""
 
-    q: Float[Array, "B C H K"]
-    k: Float[Array, "B C H K"]
+    q: Float[Array, "B C G K"]
+    k: Float[Array, "B C G K"]
     v: Float[Array, "B C H V"]
     log_decay: Float[Array, "B C H"] | None  # None: constant
     index: Int[Array, "B C"] | None  # of the document; None: one document and no padding
@@ -61,8 +62,8 @@ class Decays(NamedTuple):
 
 
 def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H K"] | Float[Array, "B T H"] | Float[Array, "H"] | None,
     initial_state: Float[Array, "B H K V"] | None,
@@ -86,10 +87,13 @@ def chunked(
 
     if log_decay is not None and log_decay.ndim == 4:
         return vector_chunked(q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
-    log_decay = jnp.zeros(q.shape[2], dtype) if log_decay is None else as_log_decay(log_decay, dtype)
+    log_decay = jnp.zeros(v.shape[2], dtype) if log_decay is None else as_log_decay(log_decay, dtype)
     constant = log_decay if log_decay.ndim == 1 else None
     index, valid = (None, None) if segment_ids is None else document_index(segment_ids)
-    own = None if bonus is None else read_and_write(q, k, bonus, scale)
+    if bonus is None:
+        own = None
+    else:
+        own = read_and_write(for_each_head(q, v.shape[2]), for_each_head(k, v.shape[2]), bonus, scale)
     if own is not None and valid is not None:
         own = jnp.where(valid[:, :, None], own, jnp.zeros((), dtype))
     inputs = Chunk(q, k, v, log_decay if constant is None else None, index, valid, own)
@@ -135,12 +139,20 @@ def _body(constant, length, scale, exclusive):
 
 
 def _chunk(state, q, k, v, decays):
-    """The two formulas above, for all rows and heads."""
-    scores = product("bihk,bjhk->bhij", q, k) * decays.between
-    inside = product("bhij,bjhv->bihv", scores, v)
-    before = product("bihk,bhkv->bihv", q, state) * jnp.moveaxis(decays.since, 1, 2)[:, :, :, None]
-    written = product("bjhk,bjhv->bhkv", k * jnp.moveaxis(decays.until, 1, 2)[:, :, :, None], v)
-    return decays.total[:, :, None, None] * state + written, inside + before
+    """The two formulas above, for all rows and heads; axes: g groups of r heads that share q and k."""
+    groups = q.shape[2]
+
+    def grouped(x, axis):
+        return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+
+    since, until = (grouped(jnp.moveaxis(x, 1, 2), 2)[..., None] for x in (decays.since, decays.until))
+    v = grouped(v, 2)
+    scores = product("bigk,bjgk->bgij", q, k)[:, :, None] * grouped(decays.between, 1)
+    inside = product("bgrij,bjgrv->bigrv", scores, v)
+    before = product("bigk,bgrkv->bigrv", q, grouped(state, 1)) * since
+    written = product("bjgk,bjgrv->bgrkv", k, v * until).reshape(state.shape)
+    o = (inside + before).reshape(*v.shape[:2], -1, v.shape[-1])
+    return decays.total[:, :, None, None] * state + written, o
 
 
 class Sums(NamedTuple):

@@ -30,8 +30,8 @@ def step(
 
 
 def reference(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H K"] | Float[Array, "B T H"] | Float[Array, "H"] | None,
     initial_state: Float[Array, "B H K V"] | None,
@@ -50,7 +50,8 @@ def reference(
 def token_inputs(q, k, v, log_decay, segment_ids, scale, bonus=None):
     """What `step` takes for each token, time first: q (scaled), k, v, keep, valid, own (None without a bonus)."""
     dtype = np.promote_types(q.dtype, np.float32)
-    batch, length, heads = q.shape[:3]
+    batch, length, heads = v.shape[:3]
+    q, k = for_each_head(q, heads), for_each_head(k, heads)
     log_decay = jnp.zeros(heads, dtype) if log_decay is None else log_decay.astype(dtype)
     keep = jnp.exp(log_decay if log_decay.ndim == 4 else log_decay[..., None])
     keep = jnp.broadcast_to(keep, (batch, length, *keep.shape[-2:]))
@@ -90,6 +91,11 @@ def product(formula: str, a: Array, b: Array) -> Array:
     return jnp.einsum(formula, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def empty_state(q: Float[Array, "B T H K"], v: Float[Array, "B T H V"]) -> Float[Array, "B H K V"]:
-    batch, _, heads, width = q.shape
-    return jnp.zeros((batch, heads, width, v.shape[-1]), np.promote_types(q.dtype, np.float32))
+def for_each_head(x: Float[Array, "B T G K"], heads: int) -> Float[Array, "B T H K"]:
+    """q or k of the groups, repeated for the heads that share them."""
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def empty_state(q: Float[Array, "B T G K"], v: Float[Array, "B T H V"]) -> Float[Array, "B H K V"]:
+    batch, _, heads, width = v.shape
+    return jnp.zeros((batch, heads, q.shape[-1], width), np.promote_types(q.dtype, np.float32))

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """Sizes by letter; `decay` is "channel" (`log_decay [B, T, H, K]`), "token" (`[B, T, H]`), "head" (`[H]`) or "none"."""
+    """Sizes by letter; `decay` is "channel" (`[B, T, H, K]`), "token" (`[B, T, H]`), "head" (`[H]`) or "none"."""
 
     B: int
     T: int

@@ -18,7 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear_attention.reference import as_log_decay, empty_state, product, read_and_write
+from pallas_kernels.linear_attention.reference import (
+    as_log_decay,
+    empty_state,
+    for_each_head,
+    product,
+    read_and_write,
+)
 from pallas_kernels.segments import document_index
 
 BLOCK = 16
@@ -36,8 +42,8 @@ class Chunk(NamedTuple):
 
 
 def vector_chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H K"],
     initial_state: Float[Array, "B H K V"] | None,
@@ -52,6 +58,7 @@ def vector_chunked(
     """
     length, dtype = q.shape[1], np.promote_types(q.dtype, np.float32)
     state = empty_state(q, v) if initial_state is None else initial_state.astype(dtype)
+    q, k = for_each_head(q, v.shape[2]), for_each_head(k, v.shape[2])
     own = read_and_write(q, k, bonus, scale)
     read, log_decay = q, as_log_decay(log_decay, dtype)
     if segment_ids is not None:

@@ -240,10 +240,11 @@ def test_the_choice_is_logged_once(caplog):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": jnp.ones((2, 5, 3))}, r"q of shape \(2, 5, 3\): expected \[B, T, H, K\]"),
+        ({"q": jnp.ones((2, 5, 3))}, r"q of shape \(2, 5, 3\): expected \[B, T, G, K\]"),
         ({"q": jnp.ones((2, 0, 3, 4))}, "nothing empty"),
         ({"k": jnp.ones((2, 5, 3, 6))}, r"k of shape .* the same shape"),
-        ({"v": jnp.ones((2, 4, 3, 6))}, r"v of shape .* expected \[2, 5, 3, V\]"),
+        ({"v": jnp.ones((2, 4, 3, 6))}, r"v of shape .* expected \[2, 5, H, V\] with H = 3"),
+        ({"v": jnp.ones((2, 5, 4, 6))}, r"v of shape .* a multiple of it"),
         ({"v": jnp.ones((2, 5, 3, 6), jnp.bfloat16)}, "one float dtype"),
         ({"log_decay": jnp.ones((2, 5, 3, 6))}, r"expected \[2, 5, 3, 4\] .*\[2, 5, 3\] .*\[3\] "),
         ({"bonus": jnp.ones((4, 3))}, r"bonus of shape \(4, 3\): expected \[H, K\] = \[3, 4\]"),

@@ -104,6 +104,21 @@ def test_the_bonus_by_its_formula():
         assert_close(state[0, h], writes[2], "float32")
 
 
+@pytest.mark.parametrize("decay", ["token", "channel"])
+def test_heads_that_share_queries_and_keys(decay):
+    """q and k of two groups for six heads give what they give repeated; their gradients are sums over the heads."""
+    inputs, ids, cotangents = make(SMALL._replace(H=6, T=70, decay=decay), packed=True)
+    shared = inputs | {name: inputs[name][:, :, ::3] for name in "qk"}
+    repeated = inputs | {name: jnp.repeat(shared[name], 3, axis=2) for name in "qk"}
+    outputs, gradients = outputs_and_gradients(shared, ids, cotangents, "chunked")
+    expected, expected_gradients = outputs_and_gradients(repeated, ids, cotangents, "reference")
+    for name in "qk":
+        of_heads = expected_gradients[name]
+        expected_gradients[name] = of_heads.reshape(*of_heads.shape[:2], 2, 3, -1).sum(3)
+    assert_close(outputs, expected, "float32")
+    assert_close(gradients, expected_gradients, "float32 gradient")
+
+
 def test_float64():
     with jax.enable_x64(True):
         case = make(SMALL, packed=True, dtype=jnp.float64)
@@ -125,7 +140,7 @@ def test_bfloat16():
 
 
 def test_extreme_gates_over_a_long_sequence():
-    """65,536 tokens; channels of slow, fast and mixed gates beside each other and one after another, against float64."""
+    """65,536 tokens; slow, fast and mixed gates, beside each other and one after another, against float64."""
     length, width = 65_536, 4
     random = np.random.default_rng(0)
     inputs, ids, cotangents = make(Shape(B=1, T=length, H=2, K=width, V=width, decay="channel"))
