@@ -6,11 +6,13 @@ from typing import Any
 from flax import nnx
 
 from lcr.mixers.attention import AttentionConfig, GQAConfig, MHAConfig, MQAConfig
+from lcr.mixers.gla import GLAConfig
 from lcr.mixers.interface import Mixer as Mixer
 from lcr.mixers.interface import MixerConfig as MixerConfig
 from lcr.mixers.interface import check_whole, unknown_name
 from lcr.mixers.interface import state_bytes as state_bytes
 from lcr.mixers.mamba import MambaConfig
+from lcr.mixers.mamba2 import Mamba2Config
 from lcr.mixers.mla import MLAConfig
 from lcr.mixers.retnet import RetNetConfig
 
@@ -22,6 +24,8 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "mla": MLAConfig,
     "retnet": RetNetConfig,
     "mamba": MambaConfig,
+    "mamba2": Mamba2Config,
+    "gla": GLAConfig,
 }
 
 

@@ -17,23 +17,30 @@ LOOP_STATE = 32_768
 
 
 def linear_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
-    log_decay: Float[Array, "B T H"] | Float[Array, "H"] | None = None,
+    log_decay: Float[Array, "B T H K"] | Float[Array, "B T H"] | Float[Array, "H"] | None = None,
     *,
+    bonus: Float[Array, "H K"] | None = None,
     scale: float | None = None,
     initial_state: Float[Array, "B H K V"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Linear attention with scalar decay: the recurrence of RetNet, Mamba-2 and lightning attention.
+    """Linear attention with decay: the recurrence of RetNet, Mamba-2, gated linear attention and RWKV-5 and -6.
 
-        S_t = exp(g_t) S_{t-1} + k_t v_t^T          o_t = scale q_t S_t
+        S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T          o_t = scale q_t S_t
 
-    q, k, v: one dtype, `[B, T, H, K]`, `[B, T, H, K]` and `[B, T, H, V]`; any T >= 1.
-    log_decay: g, at most 0: `[B, T, H]` (depends on the token), `[H]` (one for each head: a table made once, unless
-        there are segment_ids) or None (no decay). -inf forgets everything.
+    or, with a bonus u for the current token,             o_t = scale q_t (S_{t-1} + diag(u) k_t v_t^T)
+
+    q, k, v: one dtype, `[B, T, G, K]`, `[B, T, G, K]` and `[B, T, H, V]`; any T >= 1. H is G, or a multiple of it: then
+        heads 0, 1, ..., H / G - 1 share the first q and k, and so on (the groups of Mamba-2), which the chunked form
+        with scalar decay never repeats.
+    log_decay: g, at most 0: `[B, T, H, K]` (one for each token and key channel), `[B, T, H]` (one for all channels),
+        `[H]` (one for each head: a table made once, unless there are segment_ids) or None (no decay). -inf forgets
+        everything.
+    bonus: u, `[H, K]`, any float dtype; None: the token reads its own value as it reads those before.
     scale: of the output; `K ** -0.5` if None.
     initial_state: `[B, H, K, V]`, S before the first token; zeros if None.
     segment_ids: int32 `[B, T]`, see `pallas_kernels.segments`. Padding (0) neither decays nor writes the state and
@@ -43,46 +50,48 @@ def linear_attention(
         "loop_forward" (token by token, and chunked where a gradient is asked for), or None: the fastest known.
 
     Returns o `[B, T, H, V]` in v's dtype and the last S `[B, H, K, V]` in float32 (float64 for float64 inputs).
-    Differentiable (reverse mode) in q, k, v, log_decay and initial_state, given cotangents of both outputs.
+    Differentiable (reverse mode) in q, k, v, log_decay, bonus and initial_state, given cotangents of both outputs.
 
     Raises ValueError for shapes or dtypes that do not fit together and for an implementation that is not known.
 
-    Sources: RetNet, arXiv 2307.08621, equations 5 to 7; Mamba-2, arXiv 2405.21060.
+    Sources: RetNet, arXiv 2307.08621, equations 5 to 7; Mamba-2, arXiv 2405.21060; gated linear attention, arXiv
+    2312.06635, equation 3; RWKV-6 (bonus), arXiv 2404.05892, equation 19.
     """
-    _check(q, k, v, log_decay, initial_state, segment_ids)
+    _check(q, k, v, log_decay, bonus, initial_state, segment_ids)
     if implementation is None:
-        implementation = default_implementation(q.shape, v.shape[-1], jax.default_backend())
+        implementation = default_implementation((*v.shape[:3], q.shape[3]), v.shape[3], jax.default_backend())
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r} of linear_attention. Known: {', '.join(IMPLEMENTATIONS)}."
         )
     _log_choice(implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return IMPLEMENTATIONS[implementation](q, k, v, log_decay, initial_state, segment_ids, scale)
+    return IMPLEMENTATIONS[implementation](q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
 
 
 def default_implementation(shape: tuple[int, int, int, int], value_width: int, backend: str) -> str:
-    """What `implementation=None` stands for, given q's shape, V and JAX's default backend."""
+    """What `implementation=None` stands for, given `[B, T, H, K]`, V and JAX's default backend."""
     batch, length, heads, width = shape
     small = batch * heads * width * value_width <= LOOP_STATE
     return "loop_forward" if backend == "cpu" and small and length > 1 else "chunked"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _loop_forward(q, k, v, log_decay, initial_state, segment_ids, scale):
+def _loop_forward(q, k, v, log_decay, initial_state, segment_ids, scale, bonus=None):
     """The token loop, which is the faster one until it has to be differentiated: then the chunked form."""
-    return reference(q, k, v, log_decay, initial_state, segment_ids, scale)
+    return reference(q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
 
 
-def _loop_forward_fwd(q, k, v, log_decay, initial_state, segment_ids, scale):
-    def differentiable(q, k, v, log_decay, initial_state):
-        return chunked(q, k, v, log_decay, initial_state, segment_ids, scale)
+def _loop_forward_fwd(q, k, v, log_decay, initial_state, segment_ids, scale, bonus=None):
+    def differentiable(q, k, v, log_decay, initial_state, bonus):
+        return chunked(q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
 
-    return jax.vjp(differentiable, q, k, v, log_decay, initial_state)
+    return jax.vjp(differentiable, q, k, v, log_decay, initial_state, bonus)
 
 
 def _loop_forward_bwd(scale, pullback, cotangents):
-    return *pullback(cotangents), None
+    *others, of_bonus = pullback(cotangents)
+    return *others, None, of_bonus
 
 
 _loop_forward.defvjp(_loop_forward_fwd, _loop_forward_bwd)
@@ -95,22 +104,28 @@ def _log_choice(implementation):
     logging.getLogger(__name__).info("linear_attention: implementation %r", implementation)
 
 
-def _check(q, k, v, log_decay, initial_state, segment_ids):
+def _check(q, k, v, log_decay, bonus, initial_state, segment_ids):
     if q.ndim != 4 or 0 in q.shape:
-        raise ValueError(f"q of shape {q.shape}: expected [B, T, H, K] with nothing empty")
-    batch, length, heads, width = q.shape
+        raise ValueError(f"q of shape {q.shape}: expected [B, T, G, K] with nothing empty")
+    batch, length, groups, width = q.shape
     if k.shape != q.shape:
         raise ValueError(f"k of shape {k.shape} with q of shape {q.shape}: expected the same shape")
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"v of shape {v.shape} with q of shape {q.shape}: expected [{batch}, {length}, {heads}, V]")
+    if v.ndim != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % groups or 0 in v.shape:
+        raise ValueError(
+            f"v of shape {v.shape} with q of shape {q.shape}: expected [{batch}, {length}, H, V] with H = {groups}, or "
+            "a multiple of it"
+        )
+    heads = v.shape[2]
     if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}: expected one float dtype; cast them")
-    if log_decay is not None and log_decay.shape not in ((batch, length, heads), (heads,)):
+    decays = {(batch, length, heads, width): "channel", (batch, length, heads): "token", (heads,): "head"}
+    if log_decay is not None and log_decay.shape not in decays:
+        known = ", ".join(f"{list(shape)} (one for each {what})" for shape, what in decays.items())
         raise ValueError(
-            f"log_decay of shape {log_decay.shape} with q of shape {q.shape}: expected [{batch}, {length}, {heads}] "
-            f"(one for each token and head), [{heads}] (one for each head) or None; a decay for each key channel is "
-            "not supported"
+            f"log_decay of shape {log_decay.shape} with q of shape {q.shape}: expected {known} or None"
         )
+    if bonus is not None and bonus.shape != (heads, width):
+        raise ValueError(f"bonus of shape {bonus.shape}: expected [H, K] = {[heads, width]}, as in q")
     expected = (batch, heads, width, v.shape[-1])
     if initial_state is not None and initial_state.shape != expected:
         raise ValueError(f"initial_state of shape {initial_state.shape}: expected [B, H, K, V] = {list(expected)}")

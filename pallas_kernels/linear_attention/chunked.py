@@ -5,6 +5,10 @@ With G_i the sum of the log decays of a chunk's tokens 1..i, S the state before 
     o_i = q_i (exp(G_i) S + sum_{j <= i} exp(G_i - G_j) k_j v_j^T)
     S  <- exp(G_C) S + sum_j exp(G_C - G_j) k_j v_j^T
 
+or, with a bonus u for the token itself,
+
+    o_i = q_i (exp(G_{i-1}) S + sum_{j < i} exp(G_{i-1} - G_j) k_j v_j^T + diag(u) k_i v_i^T)
+
 Every exponent is a sum of log decays, so never above 0: nothing can overflow, whatever the gates.
 """
 
@@ -15,7 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.linear_attention.reference import empty_state, step, token_inputs
+from pallas_kernels.linear_attention.reference import (
+    as_log_decay,
+    empty_state,
+    for_each_head,
+    product,
+    read_and_write,
+    step,
+    token_inputs,
+)
+from pallas_kernels.linear_attention.vector_decay import vector_chunked
 from pallas_kernels.segments import document_index
 
 CHUNK = 64  # fastest of 32, 64, 128 and 256 on CPU, forward and backward, for widths from 16 to 128
@@ -24,12 +37,13 @@ CHUNK = 64  # fastest of 32, 64, 128 and 256 on CPU, forward and backward, for w
 class Chunk(NamedTuple):
     """One chunk of the inputs; over all chunks, the same with the chunks in front."""
 
-    q: Float[Array, "B C H K"]
-    k: Float[Array, "B C H K"]
+    q: Float[Array, "B C G K"]
+    k: Float[Array, "B C G K"]
     v: Float[Array, "B C H V"]
     log_decay: Float[Array, "B C H"] | None  # None: constant
     index: Int[Array, "B C"] | None  # of the document; None: one document and no padding
     valid: Bool[Array, "B C"] | None
+    own: Float[Array, "B C H"] | None  # with a bonus: what a token reads of its own value
 
 
 class Decays(NamedTuple):
@@ -48,16 +62,18 @@ class Decays(NamedTuple):
 
 
 def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
-    log_decay: Float[Array, "B T H"] | Float[Array, "H"] | None,
+    log_decay: Float[Array, "B T H K"] | Float[Array, "B T H"] | Float[Array, "H"] | None,
     initial_state: Float[Array, "B H K V"] | None,
     segment_ids: Int[Array, "B T"] | None,
     scale: float,
+    bonus: Float[Array, "H K"] | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """See `linear_attention`. Any T: full chunks (of `CHUNK` tokens if None) are scanned, what is left over is one shorter chunk.
+    """See `linear_attention`. Any T: full chunks (of `CHUNK` tokens if None) are scanned, what is left over is one
+    shorter chunk.
 
     Backward: differentiated through the scan, with everything inside a chunk computed again; what is kept is one
     state a chunk, `B H K V / C` numbers a token.
@@ -66,32 +82,34 @@ def chunked(
     state = empty_state(q, v) if initial_state is None else initial_state
     dtype = np.promote_types(q.dtype, np.float32)
     if length == 1:
-        token = jax.tree.map(lambda x: x[0], token_inputs(q, k, v, log_decay, segment_ids, scale))
+        token = jax.tree.map(lambda x: x[0], token_inputs(q, k, v, log_decay, segment_ids, scale, bonus))
         state, o = step(state.astype(dtype), *token)
         return o[:, None].astype(v.dtype), state
 
-    log_decay = jnp.zeros(q.shape[2], dtype) if log_decay is None else _finite(log_decay.astype(dtype))
+    if log_decay is not None and log_decay.ndim == 4:
+        return vector_chunked(q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
+    log_decay = jnp.zeros(v.shape[2], dtype) if log_decay is None else as_log_decay(log_decay, dtype)
     constant = log_decay if log_decay.ndim == 1 else None
     index, valid = (None, None) if segment_ids is None else document_index(segment_ids)
-    inputs = Chunk(q, k, v, log_decay if constant is None else None, index, valid)
+    if bonus is None:
+        own = None
+    else:
+        own = read_and_write(for_each_head(q, v.shape[2]), for_each_head(k, v.shape[2]), bonus, scale)
+    if own is not None and valid is not None:
+        own = jnp.where(valid[:, :, None], own, jnp.zeros((), dtype))
+    inputs = Chunk(q, k, v, log_decay if constant is None else None, index, valid, own)
     count, rest = divmod(length, chunk)
     whole = length - rest
     carry = (state.astype(dtype), jnp.zeros(q.shape[0], jnp.int32))
     outputs = []
     if count:
         chunks = jax.tree.map(lambda x: _split(x[:, :whole], count), inputs)
-        carry, o = jax.lax.scan(_body(constant, chunk, scale), carry, chunks)
+        carry, o = jax.lax.scan(_body(constant, chunk, scale, bonus is not None), carry, chunks)
         outputs.append(jnp.moveaxis(o, 0, 1).reshape(v.shape[0], whole, *v.shape[2:]))
     if rest:
-        carry, o = _body(constant, rest, scale)(carry, jax.tree.map(lambda x: x[:, whole:], inputs))
+        carry, o = _body(constant, rest, scale, bonus is not None)(carry, jax.tree.map(lambda x: x[:, whole:], inputs))
         outputs.append(o)
     return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0], carry[0]
-
-
-def _finite(log_decay):
-    """No less than where exp becomes 0 in this dtype (-104 in float32), so that sums of log decays stay small."""
-    smallest = float(jnp.finfo(log_decay.dtype).smallest_subnormal)
-    return jnp.maximum(log_decay, jnp.asarray(np.log(smallest) - 1.0, log_decay.dtype))
 
 
 def _split(x, count):
@@ -99,37 +117,43 @@ def _split(x, count):
     return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
 
 
-def _body(constant, length, scale):
+def _body(constant, length, scale, exclusive):
     """The scan's body. Tables of a constant decay are made once, here, unless padding makes rows differ."""
-    table = None if constant is None else _decays(_counts(constant, jnp.ones((1, length), bool)))
+    table = None if constant is None else _decays(_counts(constant, jnp.ones((1, length), bool)), exclusive)
 
     def body(carry, x):
         state, document = carry  # `document`: the index of the one that the state belongs to
         dtype = state.dtype
         if x.log_decay is not None:
-            decays = _decays(_running_sums(x.log_decay, x.valid))
+            decays = _decays(_running_sums(x.log_decay, x.valid), exclusive)
         else:
-            decays = table if x.valid is None else _decays(_counts(constant, x.valid))
+            decays = table if x.valid is None else _decays(_counts(constant, x.valid), exclusive)
         if x.valid is not None:
             decays = _part_documents(decays, x.index, x.valid, document)
             document = x.index[:, -1]
         state, o = _chunk(state, x.q.astype(dtype) * scale, x.k.astype(dtype), x.v.astype(dtype), decays)
+        if exclusive:
+            o = o + x.own[..., None] * x.v.astype(dtype)
         return (state, document), o.astype(x.v.dtype)
 
     return jax.checkpoint(body, prevent_cse=False)
 
 
 def _chunk(state, q, k, v, decays):
-    """The two formulas above, for all rows and heads."""
-    scores = _product("bihk,bjhk->bhij", q, k) * decays.between
-    inside = _product("bhij,bjhv->bihv", scores, v)
-    before = _product("bihk,bhkv->bihv", q, state) * jnp.moveaxis(decays.since, 1, 2)[:, :, :, None]
-    written = _product("bjhk,bjhv->bhkv", k * jnp.moveaxis(decays.until, 1, 2)[:, :, :, None], v)
-    return decays.total[:, :, None, None] * state + written, inside + before
+    """The two formulas above, for all rows and heads; axes: g groups of r heads that share q and k."""
+    groups = q.shape[2]
 
+    def grouped(x, axis):
+        return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
 
-def _product(formula, a, b):
-    return jnp.einsum(formula, a, b, precision=jax.lax.Precision.HIGHEST)
+    since, until = (grouped(jnp.moveaxis(x, 1, 2), 2)[..., None] for x in (decays.since, decays.until))
+    v = grouped(v, 2)
+    scores = product("bigk,bjgk->bgij", q, k)[:, :, None] * grouped(decays.between, 1)
+    inside = product("bgrij,bjgrv->bigrv", scores, v)
+    before = product("bigk,bgrkv->bigrv", q, grouped(state, 1)) * since
+    written = product("bjgk,bjgrv->bgrkv", k, v * until).reshape(state.shape)
+    o = (inside + before).reshape(*v.shape[:2], -1, v.shape[-1])
+    return decays.total[:, :, None, None] * state + written, o
 
 
 class Sums(NamedTuple):
@@ -154,24 +178,26 @@ def _running_sums(log_decay, valid):
     g = log_decay if valid is None else jnp.where(valid[:, :, None], log_decay, jnp.zeros((), dtype))
     coarse = jax.lax.stop_gradient(jnp.round(g * 512) / 512)
     lower = jnp.tril(jnp.ones((length, length), dtype))
-    return Sums(jnp.ones(heads, dtype), tuple(_product("ij,bjh->bhi", lower, part) for part in (coarse, g - coarse)))
+    return Sums(jnp.ones(heads, dtype), tuple(product("ij,bjh->bhi", lower, part) for part in (coarse, g - coarse)))
 
 
-def _decays(sums):
+def _decays(sums, exclusive):
     """Masked before `exp`: above the diagonal the exponents are positive, and an inf would make NaN gradients.
 
-    On the diagonal they are 0 by definition: with no gradient, where differences would leave rounding noise.
+    From a token to the one that reads it first (itself; with a bonus, `exclusive`, the next one) they are 0 by
+    definition: with no gradient, where differences would leave rounding noise.
     """
     rate, parts = sums.rate[None, :, None], sums.parts
     length = parts[0].shape[-1]
-    lower = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    below = jnp.tril(lower, -1)
+    reading = tuple(jnp.pad(g, ((0, 0), (0, 0), (1, 0)))[:, :, :-1] for g in parts) if exclusive else parts
+    lower = jnp.tril(jnp.ones((length, length), bool), -1 if exclusive else 0)[None, None]
+    below = jnp.tril(lower, -2 if exclusive else -1)
     zero = jnp.zeros((), rate.dtype)
-    exponent = rate[..., None] * sum(g[:, :, :, None] - g[:, :, None, :] for g in parts)
+    exponent = rate[..., None] * sum(r[:, :, :, None] - g[:, :, None, :] for r, g in zip(reading, parts, strict=True))
     between = jnp.where(lower, jnp.exp(jnp.where(below, exponent, zero)), zero)
-    since = jnp.exp(rate * sum(parts))
     until = jnp.exp(rate * sum(g[:, :, -1:] - g for g in parts))
-    return Decays(between, since, until, since[:, :, -1])
+    total = jnp.exp(rate[..., 0] * sum(g[:, :, -1] for g in parts))
+    return Decays(between, jnp.exp(rate * sum(reading)), until, total)
 
 
 def _part_documents(decays, index, valid, document):

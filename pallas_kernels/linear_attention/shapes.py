@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """Sizes by letter; `decay` is "token" (`log_decay [B, T, H]`), "head" (`[H]`) or "none"."""
+    """Sizes by letter; `decay` is "channel" (`[B, T, H, K]`), "token" (`[B, T, H]`), "head" (`[H]`) or "none"."""
 
     B: int
     T: int
@@ -12,6 +12,7 @@ class Shape(NamedTuple):
     K: int
     V: int
     decay: str = "token"
+    bonus: bool = False
 
 
 SHAPES = {
@@ -23,6 +24,13 @@ SHAPES = {
     "retnet": Shape(B=1, T=4096, H=4, K=64, V=128, decay="head"),
     "retnet_small": Shape(B=16, T=640, H=4, K=16, V=32, decay="head"),
     "retnet_1b": Shape(B=4, T=2048, H=8, K=256, V=512, decay="head"),
+    # gated linear attention: a small one as the others above, and 1.3B of the paper
+    "gla": Shape(B=1, T=4096, H=4, K=64, V=64, decay="channel"),
+    "gla_rows": Shape(B=8, T=4096, H=4, K=64, V=64, decay="channel"),
+    "gla_1b": Shape(B=4, T=2048, H=4, K=256, V=512, decay="channel"),
+    # RWKV-6: heads of 64 at every size; the small one of these, and 1.6B
+    "rwkv6": Shape(B=1, T=4096, H=4, K=64, V=64, decay="channel", bonus=True),
+    "rwkv6_1b": Shape(B=4, T=2048, H=32, K=64, V=64, decay="channel", bonus=True),
     # decoding, and lengths that no chunk divides
     "decode": Shape(B=8, T=1, H=4, K=64, V=128, decay="head"),
     "ragged_short": Shape(B=2, T=63, H=2, K=16, V=24),

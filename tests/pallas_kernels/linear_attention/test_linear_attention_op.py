@@ -18,7 +18,7 @@ GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 def make(shape, packed=False, seed=0, dtype=jnp.float32):
     """Inputs, keyword inputs, and cotangents of both outputs."""
     random = np.random.default_rng(seed)
-    B, T, H, K, V, decay = shape
+    B, T, H, K, V, decay, _ = shape
 
     def normal(*sizes):
         return jnp.asarray(random.standard_normal(sizes), dtype)
@@ -195,7 +195,7 @@ def test_memory_is_linear_in_length():
     """Forward and backward together: temporaries of less than four times the inputs' bytes, at 4 and 16 k tokens."""
 
     def temporary_bytes(length):
-        B, T, H, K, V, _ = shape = Shape(B=1, T=length, H=2, K=32, V=32)
+        B, T, H, K, V, *_ = shape = Shape(B=1, T=length, H=2, K=32, V=32)
         inputs = jax.eval_shape(lambda: make(shape)[0])
         cotangents = (jax.ShapeDtypeStruct((B, T, H, V), jnp.float32), jax.ShapeDtypeStruct((B, H, K, V), jnp.float32))
         compiled = outputs_and_gradients.lower(inputs, None, cotangents, "chunked").compile()
@@ -240,12 +240,14 @@ def test_the_choice_is_logged_once(caplog):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": jnp.ones((2, 5, 3))}, r"q of shape \(2, 5, 3\): expected \[B, T, H, K\]"),
+        ({"q": jnp.ones((2, 5, 3))}, r"q of shape \(2, 5, 3\): expected \[B, T, G, K\]"),
         ({"q": jnp.ones((2, 0, 3, 4))}, "nothing empty"),
         ({"k": jnp.ones((2, 5, 3, 6))}, r"k of shape .* the same shape"),
-        ({"v": jnp.ones((2, 4, 3, 6))}, r"v of shape .* expected \[2, 5, 3, V\]"),
+        ({"v": jnp.ones((2, 4, 3, 6))}, r"v of shape .* expected \[2, 5, H, V\] with H = 3"),
+        ({"v": jnp.ones((2, 5, 4, 6))}, r"v of shape .* a multiple of it"),
         ({"v": jnp.ones((2, 5, 3, 6), jnp.bfloat16)}, "one float dtype"),
-        ({"log_decay": jnp.ones((2, 5, 3, 4))}, r"expected \[2, 5, 3\].*\[3\].*not supported"),
+        ({"log_decay": jnp.ones((2, 5, 3, 6))}, r"expected \[2, 5, 3, 4\] .*\[2, 5, 3\] .*\[3\] "),
+        ({"bonus": jnp.ones((4, 3))}, r"bonus of shape \(4, 3\): expected \[H, K\] = \[3, 4\]"),
         ({"initial_state": jnp.ones((2, 3, 6, 4))}, r"\[B, H, K, V\] = \[2, 3, 4, 6\]"),
         ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"\[B, T\] = \[2, 5\]"),
         ({"implementation": "chunky"}, "unknown implementation 'chunky'.*reference, chunked, loop_forward"),

@@ -1,0 +1,129 @@
+"""Mamba-2: equal to a whole model of transformers, its recurrence to a float64 one; its sizes and its errors."""
+
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import lcr
+import numpy as np
+import pytest
+from flax import nnx
+from lcr.mixers.mamba2 import Mamba2Config, state_space
+from tolerances import assert_close
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+def rms_norm(x, scale):
+    return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5) * scale[None, None]
+
+
+def with_weights(golden, prefix):
+    """A mixer with the weights (`[out, in]`) of one layer of the golden model."""
+    config = Mamba2Config(head_width=16, state_size=12, num_groups=2)
+    mixer = config.make(48, rngs=nnx.Rngs(0))
+    mixer.in_proj.kernel.set_value(jnp.asarray(golden[f"{prefix}.in_proj"].T))
+    mixer.out_proj.kernel.set_value(jnp.asarray(golden[f"{prefix}.out_proj"].T))
+    mixer.conv.weight.set_value(jnp.asarray(golden[f"{prefix}.conv1d"][:, 0, ::-1].T))
+    mixer.conv.bias.set_value(jnp.asarray(golden[f"{prefix}.conv1d.bias"]))
+    mixer.norm_scale.set_value(jnp.asarray(golden[f"{prefix}.norm"]))
+    for name in ("A_log", "D", "dt_bias"):
+        getattr(mixer, name).set_value(jnp.asarray(golden[f"{prefix}.{name}"]))
+    return mixer
+
+
+@pytest.mark.parametrize("cuts", [(), (33,)], ids=["whole", "in pieces"])
+def test_equals_the_mamba2_of_transformers(cuts):
+    """All of a three-layer model, in one call and in pieces through the states."""
+    golden = dict(np.load(GOLDEN / "mamba2_transformers.npz"))
+    x = jnp.asarray(golden["embedded"])
+    for layer in ("layers.0", "layers.1", "layers.2"):
+        run, state, outputs = jax.jit(with_weights(golden, f"{layer}.mixer").__call__), None, []
+        for piece in jnp.split(rms_norm(x, golden[f"{layer}.norm"]), cuts, axis=1):
+            y, state = run(piece, state)
+            outputs.append(y)
+        x = x + jnp.concatenate(outputs, axis=1)
+    logits = rms_norm(x, golden["norm_f"]) @ golden["lm_head"].T
+    assert_close(logits, golden["logits"], "float32 oracle")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_recurrence(dtype):
+    """Step sizes held within limits, an initial state, three heads a group: outputs, state, every gradient."""
+    with jax.enable_x64(dtype == "float64"):
+        golden = {name.split("/")[1]: value for name, value in np.load(GOLDEN / "ssd.npz").items()}
+        names = ("x", "dt", "dt_bias", "A", "B", "C", "D", "h0")
+        arguments = [jnp.asarray(golden[name], dtype) for name in names]
+
+        @jax.jit
+        def run(*arguments):
+            *inputs, state = arguments
+            state = jnp.swapaxes(state, 2, 3)
+            y, after = state_space(*inputs, dt_limit=(0.1, 0.6), initial_state=state, implementation="chunked")
+            return y, jnp.swapaxes(after, 2, 3)
+
+        outputs, pullback = jax.vjp(run, *arguments)
+        gradients = pullback((jnp.asarray(golden["ct_y"], dtype), jnp.asarray(golden["ct_last_state"], dtype)))
+        kind = {"float32": "float32 oracle", "float64": "float64"}[dtype]
+        assert_close(outputs, (golden["y"], golden["last_state"]), kind)
+        assert_close(dict(zip(names, gradients, strict=True)), {name: golden[f"d_{name}"] for name in names}, kind)
+
+
+def test_the_norm_before_the_gate():
+    """A gate of one value only scales what the norm gives; after the norm it does, before it drops out."""
+    x = jax.random.normal(jax.random.key(1), (1, 5, 32))
+    outputs = {}
+    for before in (False, True):
+        mixer = lcr.make_mixer("mamba2", 32, rngs=nnx.Rngs(0), norm_before_gate=before, norm_eps=1e-12)
+        inner = mixer.inner
+        outputs[before] = []
+        for size in (1.0, 2.0):  # z = size for all channels, from a constant first channel of x
+            kernel = mixer.in_proj.kernel[...].at[:, :inner].set(0.0).at[0, :inner].set(size)
+            mixer.in_proj.kernel.set_value(kernel.at[0, inner:].set(0.0))
+            outputs[before].append(mixer(x.at[..., 0].set(1.0))[0])
+    gates = [size / (1 + math.exp(-size)) for size in (1.0, 2.0)]
+    assert_close(outputs[False][1], outputs[False][0], "float32")
+    assert_close(outputs[True][1] / gates[1], outputs[True][0] / gates[0], "float32")
+    assert_close(outputs[True][0] / gates[0], outputs[False][0], "float32")
+
+
+@pytest.mark.parametrize(
+    ("d_model", "width"), [(16, 16), (32, 16), (48, 16), (64, 32), (80, 32), (128, 64), (1040, 32)]
+)
+def test_default_heads_suit_any_width(d_model, width):
+    mixer = nnx.eval_shape(lambda: Mamba2Config().make(d_model, rngs=nnx.Rngs(0)))
+    assert mixer.num_heads * width == 2 * d_model
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
+def test_state_bytes(dtype, itemsize):
+    """(inner + 2 G N) (conv_width - 1) itemsize + 4 inner N + 8 for each sequence, whatever the capacity."""
+    mixer = lcr.make_mixer("mamba2", 32, rngs=nnx.Rngs(0), state_size=5, num_groups=2, expand=3, dtype=dtype)
+    inner = 3 * 32
+    expected = 2 * ((inner + 2 * 2 * 5) * 3 * itemsize + 4 * inner * 5 + 8)
+    assert lcr.state_bytes(mixer.init_state(2, 10)) == lcr.state_bytes(mixer.init_state(2, 10**6)) == expected
+
+
+def test_first_steps_and_decays_are_those_asked_for():
+    options = {"head_width": 2, "dt_min": 1e-3, "dt_max": 1e-2, "decay_range": (2.0, 3.0)}
+    mixer = lcr.make_mixer("mamba2", 64, rngs=nnx.Rngs(0), **options)
+    steps, decays = np.asarray(jax.nn.softplus(mixer.dt_bias[...])), np.exp(mixer.A_log[...])
+    assert 0.99e-3 <= steps.min() < 2e-3 and 7e-3 < steps.max() <= 1.01e-2
+    assert 2 <= decays.min() < 2.2 and 2.8 < decays.max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_width": 24}, r"head_width=24 with an inner width of 64 .*: expected a divisor"),
+        ({"num_groups": 3}, r"num_groups=3: expected a divisor of the number of heads, 4"),
+        ({"state_size": 0}, "state_size=0: expected a whole number above 0"),
+        ({"dt_limit": (0.5, 0.1)}, r"dt_limit=\(0\.5, 0\.1\): expected two numbers"),
+        ({"decay_range": (0.0, 1.0)}, r"decay_range=\(0\.0, 1\.0\): expected two numbers"),
+        ({"dt_min": 0.1, "dt_max": 0.01}, r"dt_min=0\.1: expected at most dt_max=0\.01"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        lcr.make_mixer("mamba2", 32, rngs=nnx.Rngs(0), **options)
