@@ -6,6 +6,8 @@ from typing import Any
 from flax import nnx
 
 from lcr.mixers.attention import AttentionConfig, GQAConfig, MHAConfig, MQAConfig
+from lcr.mixers.deltanet import DeltaNetConfig
+from lcr.mixers.gated_deltanet import GatedDeltaNetConfig
 from lcr.mixers.interface import Mixer as Mixer
 from lcr.mixers.interface import MixerConfig as MixerConfig
 from lcr.mixers.interface import check_whole, unknown_name
@@ -20,6 +22,8 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "gqa": GQAConfig,
     "retnet": RetNetConfig,
     "mamba": MambaConfig,
+    "deltanet": DeltaNetConfig,
+    "gated_deltanet": GatedDeltaNetConfig,
 }
 
 
