@@ -14,6 +14,7 @@ from lcr.mixers.interface import check_whole, unknown_name
 from lcr.mixers.interface import state_bytes as state_bytes
 from lcr.mixers.mamba import MambaConfig
 from lcr.mixers.retnet import RetNetConfig
+from lcr.mixers.rwkv7 import RWKV7Config
 
 MIXERS: dict[str, type[MixerConfig]] = {
     "attention": AttentionConfig,
@@ -24,6 +25,7 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "mamba": MambaConfig,
     "deltanet": DeltaNetConfig,
     "gated_deltanet": GatedDeltaNetConfig,
+    "rwkv7": RWKV7Config,
 }
 
 
