@@ -46,7 +46,9 @@ class ShortConv(nnx.Module):
             positions = jnp.take_along_axis(positions, order, axis=1)
         history = jnp.concatenate([state.astype(self.dtype), x], axis=1)
         weight = self.weight[...].astype(self.dtype)
-        y = jnp.zeros_like(x) if self.bias is None else jnp.broadcast_to(self.bias[...].astype(x.dtype)[None, None], x.shape)
+        y = jnp.zeros_like(x)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)[None, None]
         for j in range(taps):
             tap = history[:, taps - 1 - j : taps - 1 - j + length]
             inside = (positions >= j)[..., None]  # token t - j is of the same document

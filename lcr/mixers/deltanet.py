@@ -52,8 +52,8 @@ class DeltaNetConfig:
             width = factor * d_model / heads
             if width != int(width) or width < 1:
                 raise ValueError(
-                    f"{name}={factor} with d_model={d_model} and num_heads={heads}: expected {name} d_model / num_heads "
-                    f"to be a whole number, not {width:g}; choose num_heads so that it divides {factor * d_model:g}"
+                    f"{name}={factor} with d_model={d_model} and num_heads={heads}: expected {name} d_model / "
+                    f"num_heads to be a whole number, not {width:g}; choose num_heads so that it divides {factor * d_model:g}"
                 )
             widths.append(int(width))
         return heads, *widths

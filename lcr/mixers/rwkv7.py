@@ -1,4 +1,4 @@
-"""RWKV-7's time mixing: a generalised delta rule with a decay and a learning rate for each channel (arXiv 2503.14456)."""
+"""RWKV-7's time mixing: a delta rule with a decay and a learning rate for each channel (arXiv 2503.14456)."""
 
 import dataclasses
 from typing import Any

@@ -57,7 +57,8 @@ def delta_rule(
     if implementation is None:
         implementation = default_implementation(q.shape, v.shape[-1], jax.default_backend())
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r} of delta_rule. Known: {', '.join(IMPLEMENTATIONS)}.")
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"unknown implementation {implementation!r} of delta_rule. Known: {known}.")
     _log_choice(implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return IMPLEMENTATIONS[implementation](q, k, v, a, b, log_decay, initial_state, segment_ids, scale)

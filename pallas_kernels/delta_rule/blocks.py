@@ -14,7 +14,9 @@ def product(formula, x, y):
     return jnp.einsum(formula, x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def halves(x: Float[Array, "*batch C K"], half: int) -> tuple[Float[Array, "*batch n h K"], Float[Array, "*batch n h K"]]:
+def halves(
+    x: Float[Array, "*batch C K"], half: int
+) -> tuple[Float[Array, "*batch n h K"], Float[Array, "*batch n h K"]]:
     """The first and the second halves of the blocks of 2 x half rows."""
     x = x.reshape(*x.shape[:-2], -1, 2, half, x.shape[-1])
     return x[..., 0, :, :], x[..., 1, :, :]
@@ -33,6 +35,28 @@ def squares_below(x: Float[Array, "*batch C C"], half: int) -> Float[Array, "*ba
     size = x.shape[-1]
     starts = np.arange(0, size, 2 * half)
     return jnp.stack([x[..., s + half : s + 2 * half, s : s + half] for s in starts], axis=-3)
+
+
+@jax.custom_vjp
+def solve(lower: Float[Array, "*batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:
+    """x with (I - lower) x = right, for a strictly lower triangular matrix; its diagonal and above are not read."""
+    return product("...ij,...jv->...iv", unit_inverse(lower), right)
+
+
+def _solve_fwd(lower, right):
+    inverse = unit_inverse(lower)
+    solution = product("...ij,...jv->...iv", inverse, right)
+    return solution, (inverse, solution)
+
+
+def _solve_bwd(kept, cotangent):
+    """By the inverse at hand: two products instead of the way back through all the halvings."""
+    inverse, solution = kept
+    of_right = product("...ji,...jv->...iv", inverse, cotangent)
+    return jnp.tril(product("...iv,...jv->...ij", of_right, solution), -1), of_right
+
+
+solve.defvjp(_solve_fwd, _solve_bwd)
 
 
 def unit_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:

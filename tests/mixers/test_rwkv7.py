@@ -70,8 +70,8 @@ def fla_layer(golden, layer):
 
 
 AUTHOR = {
-    "file": "rwkv7_model", "layer": author_layer, "first_norm": "blocks.0.ln0", "norms": ("blocks.{}.ln1", "blocks.{}.ln2"),
-    "ffn": "blocks.{}.ffn", "last_norm": "ln_out",
+    "file": "rwkv7_model", "layer": author_layer, "first_norm": "blocks.0.ln0",
+    "norms": ("blocks.{}.ln1", "blocks.{}.ln2"), "ffn": "blocks.{}.ffn", "last_norm": "ln_out",
 }  # fmt: skip
 FLA = {
     "file": "rwkv7_model_fla", "layer": fla_layer, "first_norm": "layers.0.pre_norm",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from compiling import OPTIMIZED
 from pallas_kernels.delta_rule import api, delta_rule
-from pallas_kernels.delta_rule.blocks import unit_inverse
+from pallas_kernels.delta_rule.blocks import solve, unit_inverse
 from pallas_kernels.delta_rule.chunked import CHUNK
 from pallas_kernels.delta_rule.shapes import SHAPES, Shape
 from tolerances import assert_close
@@ -197,7 +197,12 @@ def test_unit_inverse_is_forward_substitution():
     lower = np.tril(3.0 * np.random.default_rng(0).standard_normal((2, 16, 16)), -1)
     expected = np.linalg.inv(np.eye(16) - lower)
     with jax.enable_x64(True):
-        assert_close(unit_inverse(jnp.asarray(lower) + 7 * jnp.triu(jnp.ones((2, 16, 16)))), expected, "float64")
+        marked = jnp.asarray(lower) + 7 * jnp.triu(jnp.ones((2, 16, 16)))  # above the diagonal nothing is read
+        assert_close(unit_inverse(marked), expected, "float64")
+        right, weights = jnp.asarray(np.random.default_rng(1).standard_normal((2, 2, 16, 3)))
+        found = jax.vjp(solve, marked, right)[1](weights)
+        wanted = jax.vjp(lambda lower, right: unit_inverse(lower) @ right, marked, right)[1](weights)
+        assert_close(found, wanted, "float64")
 
 
 def test_loop_forward_is_the_token_loop_until_it_is_differentiated():
