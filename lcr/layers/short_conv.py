@@ -14,22 +14,22 @@ class ShortConv(nnx.Module):
     The state is the last `width - 1` real inputs, [B, width - 1, D], in the compute dtype. Which of them belong
     to the document in hand follows from its `position`, so nothing is zeroed at a boundary; padding is skipped:
     it neither contributes nor counts as a step. Initialised as a uniform in +-width^-0.5 (the default of the
-    framework that Mamba was written in).
+    framework that Mamba was written in). use_bias: without it, y has no bias term.
     """
 
-    def __init__(self, d_model: int, width: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, width: int, *, use_bias: bool = True, dtype, rngs: nnx.Rngs):
         bound = width**-0.5
 
         def initial(shape):
             return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
 
         self.weight = nnx.Param(initial((width, d_model)))
-        self.bias = nnx.Param(initial((d_model,)))
+        self.bias = nnx.Param(initial((d_model,))) if use_bias else None
         self.width = width
         self.dtype = dtype
 
     def init_state(self, batch: int, dtype) -> Float[Array, "B J D"]:
-        return jnp.zeros((batch, self.width - 1, self.bias.shape[0]), dtype)
+        return jnp.zeros((batch, self.width - 1, self.weight.shape[1]), dtype)
 
     def __call__(
         self, x: Activations, state: Float[Array, "B J D"], segments: Segments
@@ -45,8 +45,10 @@ class ShortConv(nnx.Module):
             x = jnp.take_along_axis(x, order[..., None], axis=1)
             positions = jnp.take_along_axis(positions, order, axis=1)
         history = jnp.concatenate([state.astype(self.dtype), x], axis=1)
-        weight, bias = self.weight[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        y = jnp.broadcast_to(bias[None, None], x.shape)
+        weight = self.weight[...].astype(self.dtype)
+        y = jnp.zeros_like(x)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)[None, None]
         for j in range(taps):
             tap = history[:, taps - 1 - j : taps - 1 - j + length]
             inside = (positions >= j)[..., None]  # token t - j is of the same document

@@ -6,6 +6,8 @@ from typing import Any
 from flax import nnx
 
 from lcr.mixers.attention import AttentionConfig, GQAConfig, MHAConfig, MQAConfig
+from lcr.mixers.deltanet import DeltaNetConfig
+from lcr.mixers.gated_deltanet import GatedDeltaNetConfig
 from lcr.mixers.gla import GLAConfig
 from lcr.mixers.interface import Mixer as Mixer
 from lcr.mixers.interface import MixerConfig as MixerConfig
@@ -15,6 +17,7 @@ from lcr.mixers.mamba import MambaConfig
 from lcr.mixers.mamba2 import Mamba2Config
 from lcr.mixers.mla import MLAConfig
 from lcr.mixers.retnet import RetNetConfig
+from lcr.mixers.rwkv7 import RWKV7Config
 
 MIXERS: dict[str, type[MixerConfig]] = {
     "attention": AttentionConfig,
@@ -26,6 +29,9 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "mamba": MambaConfig,
     "mamba2": Mamba2Config,
     "gla": GLAConfig,
+    "deltanet": DeltaNetConfig,
+    "gated_deltanet": GatedDeltaNetConfig,
+    "rwkv7": RWKV7Config,
 }
 
 

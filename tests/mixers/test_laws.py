@@ -57,7 +57,10 @@ class Built:
         self._pull_back = jax.jit(self._pull)
 
     def apply(self, parameters, x, state, ids):
-        return nnx.merge(self.graph, parameters)(x, state, ids)
+        mixer = nnx.merge(self.graph, parameters)
+        if hasattr(mixer, "values"):  # as a later layer: in the first one a value residual changes nothing
+            return mixer(x, state, ids, jnp.flip(x, axis=-1))
+        return mixer(x, state, ids)
 
     def call(self, x, state, ids):
         return self._call(self.parameters, x, state, ids)

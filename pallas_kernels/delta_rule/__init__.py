@@ -1,0 +1,1 @@
+from pallas_kernels.delta_rule.api import delta_rule as delta_rule

@@ -1,0 +1,84 @@
+"""The delta rule chunk by chunk: matrix products inside a chunk, one state between chunks.
+
+u_t = a_t S_{t-1}, what token t reads before it writes, makes the recurrence a decayed sum of b_j u_j^T + k_j v_j^T.
+With D(j, t) the decay exp(g_{j+1} + ... + g_{t-1}) and D(0, t) that since the state S before the chunk,
+
+    u_t = (a_t D(0, t)) S + sum_{j < t} (a_t D(j, t) b_j) u_j + (a_t D(j, t) k_j) v_j
+
+is a unit triangular system in the u of the chunk, (I - A_ab) U = A_a S + A_ak V, and once it is solved
+
+    o_t = (q_t e^g_t D(0, t)) S + sum_{j < t} (q_t e^g_t D(j, t) b_j) u_j + (q_t e^g_t D(j, t) k_j) v_j
+          + (q_t b_t) u_t + (q_t k_t) v_t
+
+and the state after the chunk are products of matrices (the WY or UT form: arXiv 2406.06484 section 3.2, 2412.06464
+section 3.3). Every exponent is a sum of log decays, so never above 0: nothing can overflow, whatever the gates.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.delta_rule.blocks import product, solve
+from pallas_kernels.delta_rule.decays import factors, scores
+from pallas_kernels.delta_rule.reference import Tokens, first_state, mark_documents, step
+
+CHUNK = 32  # a power of two; 16 and 64 take as long or longer on CPU, with one decay a head and with one a channel
+
+
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None,
+    initial_state: Float[Array, "B H K V"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """See `delta_rule`. Any T: the last chunk is filled up with tokens that change nothing.
+
+    Backward: differentiated through the scan, with everything inside a chunk computed again; what is kept is one
+    state a chunk, `B H K V / C` numbers a token.
+    """
+    tokens = mark_documents(q, k, v, a, b, log_decay, segment_ids)
+    state = first_state(q, v, initial_state)
+    batch, length, heads = q.shape[:3]
+    if length == 1:
+        state, o = step(state, jax.tree.map(lambda x: x[:, 0], tokens), scale)
+        return o[:, None].astype(v.dtype), state
+
+    while chunk // 2 >= length:
+        chunk //= 2
+    count = -(-length // chunk)
+
+    def split(x):  # [B, T, H, K] -> [T / C, B, H, C, K]
+        x = jnp.pad(x, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
+        return x.reshape(batch, count, chunk, heads, -1).transpose(1, 0, 3, 2, 4)
+
+    def body(state, tokens):
+        tokens = jax.tree.map(lambda x: x.astype(state.dtype), tokens)
+        state, o = _chunk(state, tokens, scale)
+        return state, o.astype(v.dtype)
+
+    state, o = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, jax.tree.map(split, tokens))
+    o = o.transpose(1, 0, 3, 2, 4).reshape(batch, count * chunk, heads, -1)
+    return o[:, :length], state
+
+
+def _chunk(state: Float[Array, "B H K V"], tokens: Tokens, scale: float):
+    """The formulas above: the state after a chunk and its outputs `[B, H, C, V]`; fields of tokens `[B, H, C, ...]`."""
+    q, k, v, a, b, log_decay = tokens
+    q = q * scale
+    decays = factors(log_decay)
+    rows = jnp.stack([a, q * decays.token])
+    columns = jnp.stack([b, k])
+    tables = scores(rows, columns, decays)
+    a_before, q_before = product("rbhtk,bhkv->rbhtv", rows * decays.since[None], state)
+    u = solve(tables[0, 0], a_before + product("bhtj,bhjv->bhtv", tables[0, 1], v))
+    values = jnp.stack([u, v])
+    own = jnp.sum(q[None] * columns, axis=-1, keepdims=True)
+    o = q_before + product("lbhtj,lbhjv->bhtv", tables[1], values) + jnp.sum(own * values, axis=0)
+    written = product("lbhtk,lbhtv->bhkv", columns * decays.until[None], values)
+    return decays.total[..., None] * state + written, o
