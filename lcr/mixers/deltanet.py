@@ -5,12 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx, struct
-from pallas_kernels.delta_rule import delta_rule
+from pallas_kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
 
 from lcr.layers.delta_heads import DeltaHeads, HeadsOut, gate_kernel, learning_rates
 from lcr.layers.heads import default_num_heads
 from lcr.layers.segments import forget, read_segments
-from lcr.mixers.interface import check_positive, check_whole
+from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -38,6 +38,7 @@ class DeltaNetConfig:
     implementation: str | None = None
 
     def __post_init__(self):
+        check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
         check_positive(key_factor=self.key_factor, value_factor=self.value_factor, norm_eps=self.norm_eps)
         check_whole(conv_width=self.conv_width)
         if self.num_heads is not None:

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from pallas_kernels.delta_rule import delta_rule
+from pallas_kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
 
 from lcr.layers.delta_heads import DeltaHeads, HeadsOut, gate_kernel, learning_rates
 from lcr.layers.heads import default_num_heads
 from lcr.layers.segments import forget, read_segments
-from lcr.mixers.interface import check_positive, check_whole
+from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -46,6 +46,7 @@ class GatedDeltaNetConfig:
     implementation: str | None = None
 
     def __post_init__(self):
+        check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
         for name in ("expand_v", "dt_min", "dt_max", "decay_max", "norm_eps"):
             check_positive(**{name: getattr(self, name)})
         check_whole(conv_width=self.conv_width)

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from pallas_kernels.linear_attention import linear_attention
+from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attention
 
 from lcr.layers.heads import default_num_heads
 from lcr.layers.norms import RMSNorm
 from lcr.layers.segments import forget, read_segments
-from lcr.mixers.interface import check_positive, check_whole
+from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -37,6 +37,7 @@ class GLAConfig:
     implementation: str | None = None
 
     def __post_init__(self):
+        check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
         for name in ("key_factor", "value_factor", "gate_normalizer", "norm_eps"):
             check_positive(**{name: getattr(self, name)})
         check_whole(gate_rank=self.gate_rank)

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from pallas_kernels.linear_attention import linear_attention
+from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attention
 
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
-from lcr.mixers.interface import check_positive, check_whole
+from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
 
 
@@ -46,6 +46,7 @@ class Mamba2Config:
     implementation: str | None = None
 
     def __post_init__(self):
+        check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
         for name in ("state_size", "expand", "conv_width", "num_groups"):
             check_whole(**{name: getattr(self, name)})
         if self.head_width is not None:

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from pallas_kernels.delta_rule import delta_rule
+from pallas_kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
 
 from lcr.layers.delta_heads import unit_length
 from lcr.layers.heads import default_num_heads
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.token_shift import token_shift
-from lcr.mixers.interface import check_positive, check_whole
+from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
 
 SLOWEST = -0.606531  # log decays lie between this, -exp(-1/2), and 0
@@ -43,6 +43,7 @@ class RWKV7Config:
     implementation: str | None = None
 
     def __post_init__(self):
+        check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
         check_positive(norm_eps=self.norm_eps)
         for name in ("num_heads", "decay_rank", "rate_rank", "value_rank", "gate_rank"):
             if getattr(self, name) is not None:

@@ -35,7 +35,7 @@ def chunked(
     initial_state: Float[Array, "B H K V"] | None,
     segment_ids: Int[Array, "B T"] | None,
     scale: float,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """See `delta_rule`. Any T: the last chunk is filled up with tokens that change nothing.
 
@@ -49,6 +49,7 @@ def chunked(
         state, o = step(state, jax.tree.map(lambda x: x[:, 0], tokens), scale)
         return o[:, None].astype(v.dtype), state
 
+    chunk = chunk or CHUNK
     while chunk // 2 >= length:
         chunk //= 2
     count = -(-length // chunk)

@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 from compiling import OPTIMIZED
 from flax import nnx
+from pallas_kernels.delta_rule import api as delta_rule_api
+from pallas_kernels.delta_rule import chunked as delta_rule_chunked
+from pallas_kernels.linear_attention import api as linear_attention_api
 from pallas_kernels.linear_attention import chunked as linear_attention_chunked
+from pallas_kernels.linear_attention import vector_decay
 from pallas_kernels.selective_scan import chunked as selective_scan_chunked
 from tolerances import assert_close
 
@@ -23,7 +27,6 @@ CAPACITY = 64
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention, window 5, norm, cap": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
     "gqa, no positions": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
-    "retnet, in chunks": ("retnet", {"implementation": "chunked"}),  # its default at these sizes is the token loop
     "mamba, 5 states, 2 taps": ("mamba", {"state_size": 5, "conv_width": 2}),
 }
 
@@ -127,10 +130,16 @@ def used_state(built):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_chunks():
-    """Chunks of eight tokens, so that calls of twenty-four have boundaries between chunks."""
+    """Chunks of eight tokens, so that calls of twenty-four have boundaries between chunks; and where the default at
+    these sizes is a token loop, the chunked form that larger ones get."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selective_scan_chunked, "CHUNK_LENGTH", 8)
         patch.setattr(linear_attention_chunked, "CHUNK", 8)
+        patch.setattr(vector_decay, "CHUNK", 8)
+        patch.setattr(vector_decay, "BLOCK", 4)
+        patch.setattr(delta_rule_chunked, "CHUNK", 8)
+        for api in (linear_attention_api, delta_rule_api):
+            patch.setattr(api, "default_implementation", lambda *shape: "chunked")
         yield
 
 
