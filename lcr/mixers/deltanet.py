@@ -53,7 +53,8 @@ class DeltaNetConfig:
             if width != int(width) or width < 1:
                 raise ValueError(
                     f"{name}={factor} with d_model={d_model} and num_heads={heads}: expected {name} d_model / "
-                    f"num_heads to be a whole number, not {width:g}; choose num_heads so that it divides {factor * d_model:g}"
+                    f"num_heads to be a whole number, not {width:g}; choose num_heads so that it divides "
+                    f"{factor * d_model:g}"
                 )
             widths.append(int(width))
         return heads, *widths
