@@ -8,7 +8,7 @@ from flax import nnx, struct
 from pallas_kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
 
 from lcr.layers.delta_heads import DeltaHeads, HeadsOut, gate_kernel, learning_rates
-from lcr.layers.heads import default_num_heads
+from lcr.layers.heads import default_num_heads, head_width
 from lcr.layers.segments import forget, read_segments
 from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
@@ -47,17 +47,8 @@ class DeltaNetConfig:
     def head_sizes(self, d_model: int) -> tuple[int, int, int]:
         """H, K and V for a model of this width. Raises: ValueError where the heads do not divide."""
         heads = self.num_heads or default_num_heads(d_model)
-        widths = []
-        for name in ("key_factor", "value_factor"):
-            factor = getattr(self, name)
-            width = factor * d_model / heads
-            if width != int(width) or width < 1:
-                raise ValueError(
-                    f"{name}={factor} with d_model={d_model} and num_heads={heads}: expected {name} d_model / "
-                    f"num_heads to be a whole number, not {width:g}; choose num_heads so that it divides {factor * d_model:g}"
-                )
-            widths.append(int(width))
-        return heads, *widths
+        keys = head_width("key_factor", self.key_factor, d_model, heads)
+        return heads, keys, head_width("value_factor", self.value_factor, d_model, heads)
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "DeltaNet":
         return DeltaNet(self, d_model, rngs=rngs)
