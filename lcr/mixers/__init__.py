@@ -14,6 +14,7 @@ from lcr.mixers.interface import state_bytes as state_bytes
 from lcr.mixers.mamba import MambaConfig
 from lcr.mixers.mamba2 import Mamba2Config
 from lcr.mixers.retnet import RetNetConfig
+from lcr.mixers.rwkv6 import RWKV6Config
 
 MIXERS: dict[str, type[MixerConfig]] = {
     "attention": AttentionConfig,
@@ -24,6 +25,7 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "mamba": MambaConfig,
     "mamba2": Mamba2Config,
     "gla": GLAConfig,
+    "rwkv6": RWKV6Config,
 }
 
 
