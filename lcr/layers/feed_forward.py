@@ -5,7 +5,8 @@ from typing import Any
 
 from flax import nnx
 
-from lcr.layers.mlp import SwiGLU
+from lcr.layers.channel_mixing import ChannelMixing, ChannelMixingConfig
+from lcr.layers.mlp import SwiGLU, default_d_ff
 from lcr.layers.moe import MoE, MoEConfig
 from lcr.mixers.interface import unknown_name
 
@@ -18,6 +19,7 @@ class SwiGLUConfig:
 FEED_FORWARDS: dict[str, Any] = {
     "swiglu": SwiGLUConfig,
     "moe": MoEConfig,
+    "channel_mixing": ChannelMixingConfig,
     "none": None,
 }
 
@@ -35,13 +37,19 @@ def feed_forward_config(name: str, **options: Any) -> Any:
     return None if config is None else config(**options)
 
 
-def make_feed_forward(config: Any, d_model: int, d_ff: int, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module | None:
-    """The module of a configuration; None for None."""
+def make_feed_forward(
+    config: Any, d_model: int, d_ff: int | None, *, dtype: Any, rngs: nnx.Rngs
+) -> nnx.Module | None:
+    """The module of a configuration; None for None. d_ff: the model's; None: what the feed-forward has by default."""
+    width = d_ff or default_d_ff(d_model)
     match config:
+        case ChannelMixingConfig():
+            sized = dataclasses.replace(config, d_ff=config.d_ff or d_ff, dtype=dtype)
+            return ChannelMixing(sized, d_model, rngs=rngs)
         case None:
             return None
         case MoEConfig():
-            return MoE(config, d_model, d_ff, dtype=dtype, rngs=rngs)
+            return MoE(config, d_model, width, dtype=dtype, rngs=rngs)
         case SwiGLUConfig():
-            return SwiGLU(d_model, d_ff, dtype=dtype, rngs=rngs)
+            return SwiGLU(d_model, width, dtype=dtype, rngs=rngs)
     raise TypeError(f"config: {type(config).__name__} is no configuration of a feed-forward")

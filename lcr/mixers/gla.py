@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attention
 
-from lcr.layers.heads import default_num_heads
+from lcr.layers.heads import default_num_heads, head_width
 from lcr.layers.norms import RMSNorm
 from lcr.layers.segments import forget, read_segments
 from lcr.mixers.interface import check_compute, check_positive, check_whole
@@ -73,8 +73,8 @@ class GLA(nnx.Module):
         check_whole(d_model=d_model)
         self.config = config
         self.num_heads = heads = config.num_heads or default_num_heads(d_model)
-        self.key_width = _width("key_factor", config.key_factor, d_model, heads)
-        self.value_width = _width("value_factor", config.value_factor, d_model, heads)
+        self.key_width = head_width("key_factor", config.key_factor, d_model, heads)
+        self.value_width = head_width("value_factor", config.value_factor, d_model, heads)
         keys, values = heads * self.key_width, heads * self.value_width
 
         def linear(inputs, outputs):
@@ -127,14 +127,3 @@ class GLA(nnx.Module):
         y = self.norm(o) * nnx.silu(heads(self.gate_proj(x)))
         y = self.out_proj(y.reshape(batch, length, -1))
         return y, GLAState(memory=memory, segment_id=segments.segment_id, position=segments.position)
-
-
-def _width(name, factor, d_model, num_heads):
-    """The width of a head; raises ValueError where the heads do not divide."""
-    width = factor * d_model / num_heads
-    if width != int(width) or width < 1:
-        raise ValueError(
-            f"{name}={factor} with d_model={d_model} and num_heads={num_heads}: expected a head width {name} d_model / "
-            f"num_heads that is a whole number, not {width:g}. Choose num_heads to divide {factor * d_model:g}."
-        )
-    return int(width)

@@ -29,7 +29,7 @@ class Block(nnx.Module):
             self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
             options = feed_forward_config(feed_forward, **config.feed_forward_options.get(feed_forward, {}))
             dtype = jnp.dtype(config.dtype)
-            self.mlp = make_feed_forward(options, config.d_model, config.ff_width, dtype=dtype, rngs=rngs)
+            self.mlp = make_feed_forward(options, config.d_model, config.d_ff, dtype=dtype, rngs=rngs)
 
     def init_state(self, batch: int, capacity: int, dtype: Any) -> State:
         state = self.mixer.init_state(batch, capacity, dtype=dtype)

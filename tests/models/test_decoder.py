@@ -98,6 +98,36 @@ def test_a_hybrid_is_a_mixed_tuple_stacked_by_its_repeating_group():
     assert not np.allclose(kernels[0], kernels[1]), "layers of one group start alike"
 
 
+def test_rwkv7_hands_on_the_values_of_its_first_layer():
+    """With channel mixing, whose state is a part of the layer's; layer by layer, by hand, and in pieces."""
+    model = build(
+        mixers=("mamba", "rwkv7") * 2, feed_forward="channel_mixing",
+        feed_forward_options={"channel_mixing": {"receptance": False}},
+    )  # fmt: skip
+    ids = tokens()
+    whole, states = model(ids)
+    graph, parameters = nnx.split(model.groups)
+    x, first = model.embedding[...][ids], None
+    for repetition in range(2):
+        one = nnx.merge(graph, jax.tree.map(lambda leaf, i=repetition: leaf[i], parameters))
+        for block in one.blocks:
+            h = block.mixer_norm(x)
+            handed = {}
+            if hasattr(block.mixer, "values"):
+                first = block.mixer.values(h, None, None) if first is None else first
+                handed = {"first_values": first}
+            x = x + block.mixer(h, None, None, **handed)[0]
+            x = x + block.mlp(block.mlp_norm(x))[0]
+    assert_close(model.final_norm(x) @ model.embedding[...].T, whole, "float32")
+
+    outputs, after = [], model.init_states(2, 12)
+    for start, end in ((0, 5), (5, 6), (6, 12)):
+        y, after = model(ids[:, start:end], after)
+        outputs.append(y)
+    assert_close(jnp.concatenate(outputs, axis=1), whole, "float32")
+    assert_close(after, states, "float32")
+
+
 def test_the_program_does_not_grow_with_depth():
     def program(depth):
         model = build(mixers=("mamba",) * depth)
