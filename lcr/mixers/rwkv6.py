@@ -82,8 +82,8 @@ class RWKV6(nnx.Module):
         self.value_width = head_width("value_factor", config.value_factor, d_model, heads)
         keys, values = heads * self.key_width, heads * self.value_width
 
-        def linear(inputs, outputs):
-            return nnx.Linear(inputs, outputs, use_bias=False, dtype=config.dtype, rngs=rngs)
+        def linear(inputs, outputs, dtype=config.dtype):
+            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
 
         def no_decay(initial):
             return nnx.Param(initial, group="no_decay")
@@ -104,8 +104,10 @@ class RWKV6(nnx.Module):
         self.decay_up = no_decay(uniform(config.decay_rank, keys))
         zigzag = (jnp.arange(keys, dtype=jnp.float32) + 1) % 3 - 1
         self.bonus = no_decay((0.5 * (1 - place) + 0.1 * zigzag).reshape(heads, -1))
-        self.r_proj = linear(d_model, keys)
-        self.k_proj = linear(d_model, keys)
+        # In float32: o starts a document as (r u k) v, and where that sum all but cancels, the norm magnifies its error
+        # (in bfloat16 to 9% of the largest output, where other tokens are within 1%).
+        self.r_proj = linear(d_model, keys, jnp.float32)
+        self.k_proj = linear(d_model, keys, jnp.float32)
         self.v_proj = linear(d_model, values)
         self.gate_proj = linear(d_model, values)
         self.norm_scale = no_decay(jnp.ones((values,), jnp.float32))
@@ -131,7 +133,7 @@ class RWKV6(nnx.Module):
         segments = read_segments(segment_ids, state.segment_id, state.position, length)
         x = x.astype(self.config.dtype)
         previous, shift = token_shift(x, state.shift, segments)
-        of_r, of_w, of_k, of_v, of_g = self._mixed(x, previous - x)
+        of_r, of_w, of_k, of_v, of_g = self._mixed(x, previous)
 
         def heads(projected):
             return projected.reshape(batch, length, self.num_heads, -1)
@@ -139,7 +141,7 @@ class RWKV6(nnx.Module):
         o, memory = linear_attention(
             heads(self.r_proj(of_r)),
             heads(self.k_proj(of_k)),
-            heads(self.v_proj(of_v)),
+            heads(self.v_proj(of_v).astype(jnp.float32)),
             heads(self._log_decay(of_w)),
             bonus=self.bonus[...],
             scale=1.0,
@@ -154,13 +156,14 @@ class RWKV6(nnx.Module):
             shift=shift, memory=memory, segment_id=segments.segment_id, position=segments.position
         )
 
-    def _mixed(self, x, delta):
-        """x and the token before, mixed for r, w, k, v and g."""
-        dtype = x.dtype
-        down, up, mix = (p[...].astype(dtype) for p in (self.mix_down, self.mix_up, self.mix))
-        hidden = jnp.einsum("btd,dnr->btnr", x + delta * self.shift_mix[...].astype(dtype)[None, None], down)
-        mix = jnp.einsum("btnr,nrd->nbtd", jnp.tanh(hidden), up) + mix[:, None, None]
-        return x[None] + delta[None] * mix
+    def _mixed(self, x, previous):
+        """x and the token before, mixed for r, w, k, v and g; in float32."""
+        x = x.astype(jnp.float32)
+        delta = previous.astype(jnp.float32) - x
+        hidden = x + delta * self.shift_mix[...][None, None]
+        hidden = jnp.einsum("btd,dnr->btnr", hidden, self.mix_down[...], precision="highest")
+        mix = jnp.einsum("btnr,nrd->nbtd", jnp.tanh(hidden), self.mix_up[...], precision="highest")
+        return x[None] + delta[None] * (mix + self.mix[...][:, None, None])
 
     def _log_decay(self, x):
         """log w in float32: decays near 1 decide how far the memory reaches."""
@@ -175,4 +178,4 @@ class RWKV6(nnx.Module):
         exact = exact - jnp.mean(exact, axis=-1, keepdims=True)
         exact = exact * jax.lax.rsqrt(jnp.mean(jnp.square(exact), axis=-1, keepdims=True) + self.config.norm_eps)
         exact = exact.reshape(*o.shape[:2], -1) * self.norm_scale[...][None, None] + self.norm_bias[...][None, None]
-        return exact.astype(o.dtype)
+        return exact.astype(self.config.dtype)

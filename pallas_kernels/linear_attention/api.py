@@ -13,6 +13,8 @@ from pallas_kernels.linear_attention.reference import reference
 # The largest state, in numbers (B H K V), that the token loop works on within a core's cache. Measured forward on two
 # CPU cores, float32, T from 640 to 4096: the loop takes 0.5 to 0.9 of the chunked form's time up to here, and 0.9 to
 # 1.5 of it at two to four times as much. Forward and backward it takes 3 to 11 times as long, at every size.
+# With a decay for each channel the chunked form has more to do, and the loop takes 0.25 to 0.7 of its time forward at
+# every size tried, up to 2 million numbers; forward and backward it takes 3 to 4 times as long.
 LOOP_STATE = 32_768
 
 
@@ -59,7 +61,9 @@ def linear_attention(
     """
     _check(q, k, v, log_decay, bonus, initial_state, segment_ids)
     if implementation is None:
-        implementation = default_implementation((*v.shape[:3], q.shape[3]), v.shape[3], jax.default_backend())
+        vector = log_decay is not None and log_decay.ndim == 4
+        shape = (*v.shape[:3], q.shape[3])
+        implementation = default_implementation(shape, v.shape[3], jax.default_backend(), vector)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r} of linear_attention. Known: {', '.join(IMPLEMENTATIONS)}."
@@ -69,10 +73,12 @@ def linear_attention(
     return IMPLEMENTATIONS[implementation](q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
 
 
-def default_implementation(shape: tuple[int, int, int, int], value_width: int, backend: str) -> str:
-    """What `implementation=None` stands for, given `[B, T, H, K]`, V and JAX's default backend."""
+def default_implementation(
+    shape: tuple[int, int, int, int], value_width: int, backend: str, vector: bool = False
+) -> str:
+    """What `implementation=None` stands for, given `[B, T, H, K]`, V, JAX's default backend and the kind of decay."""
     batch, length, heads, width = shape
-    small = batch * heads * width * value_width <= LOOP_STATE
+    small = vector or batch * heads * width * value_width <= LOOP_STATE
     return "loop_forward" if backend == "cpu" and small and length > 1 else "chunked"
 
 

@@ -222,6 +222,7 @@ def test_one_token_is_a_direct_step():
 def test_default_follows_the_state_size():
     assert api.default_implementation((1, 4096, 4, 64), 64, "cpu") == "loop_forward"
     assert api.default_implementation((8, 4096, 4, 64), 64, "cpu") == "chunked"
+    assert api.default_implementation((8, 4096, 4, 64), 64, "cpu", vector=True) == "loop_forward"
     assert api.default_implementation((1, 1, 4, 64), 64, "cpu") == "chunked"
     assert api.default_implementation((1, 4096, 4, 64), 64, "gpu") == "chunked"
 
