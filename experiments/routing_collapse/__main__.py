@@ -77,9 +77,8 @@ def draw(rows: dict[str, list[dict]]):
                 axes.set_ylabel(f"layer {layer + 1}\nshare of tokens")
     axes = figure.add_subplot(grid[layers, :])
     for index, (variant, of_run) in enumerate(rows.items()):
-        axes.plot(
-            [row["step"] for row in of_run], [row["loss"] for row in of_run], color=COLOURS[index], label=TITLES[variant]
-        )
+        steps, losses = zip(*((row["step"], row["loss"]) for row in of_run), strict=True)
+        axes.plot(steps, losses, color=COLOURS[index], label=TITLES[variant])
     axes.set(xlabel="step", ylabel="loss (nats per byte)")
     axes.legend(frameon=False)
     figure.suptitle("Load of eight experts, one colour each; the loss below")

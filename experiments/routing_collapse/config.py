@@ -25,7 +25,14 @@ def get_config(variant: str = "none") -> ConfigDict:
     config.model.mixers = ("gqa", "gqa")
     config.model.feed_forward = "moe"
     config.model.feed_forward_options = {
-        "moe": {"num_experts": 8, "top_k": 1, "d_expert": 128, "normalize": False, "balance": variant, "bias_rate": 1e-2}
+        "moe": {
+            "num_experts": 8,
+            "top_k": 1,
+            "d_expert": 128,
+            "normalize": False,
+            "balance": variant,
+            "bias_rate": 1e-2,
+        }
     }
     config.data.lengths = (128,)
     config.data.batch_tokens = 4096

@@ -84,8 +84,8 @@ class Series:
 def select_series(rows: Sequence[Row]) -> tuple[list[Series], list[str]]:
     """Groups the rows, oldest first, into series, in the order in which they first appear.
 
-    Of each architecture and question the configuration, checkpoint and seed of the newest row are shown, and of a cell that was
-    evaluated more than once the row with the most samples (the newest among equals). The second result says, a
+    Of each architecture and question the configuration, checkpoint and seed of the newest row are shown, and of a cell
+    that was evaluated more than once the row with the most samples (the newest among equals). The second result says, a
     sentence for each series concerned, what is therefore not shown.
     """
     groups: dict[tuple[str, str, str, str], list[Row]] = {}

@@ -63,7 +63,9 @@ class MLAConfig:
             heads = next(d_model // width for width in (64, 32, 16) if d_model // width >= 4 or width == 16)
         nope = self.nope_head_dim
         if nope is None and d_model % heads:
-            raise ValueError(f"num_heads={heads} does not divide d_model={d_model}: expected a divisor, or nope_head_dim")
+            raise ValueError(
+                f"num_heads={heads} does not divide d_model={d_model}: expected a divisor, or nope_head_dim"
+            )
         nope = nope or d_model // heads
         return dataclasses.replace(
             self,
@@ -195,5 +197,5 @@ class MLA(nnx.Module):
         return one, one[..., : self.config.kv_lora_rank]
 
     def _product(self, formula, x, weight):
-        precision = jax.lax.Precision.HIGHEST
-        return jnp.einsum(formula, x.astype(self.config.dtype), weight[...].astype(self.config.dtype), precision=precision)
+        x, weight = x.astype(self.config.dtype), weight[...].astype(self.config.dtype)
+        return jnp.einsum(formula, x, weight, precision=jax.lax.Precision.HIGHEST)

@@ -22,8 +22,8 @@ class ModelConfig:
 
     mixers:         names of `lcr.MIXERS`; a hybrid is a mixed tuple; the depth is its length.
     mixer_options:  {mixer name: {option: value}}.
-    d_ff:           width of the feed-forward after each mixer: None for its default (8/3 d_model of a SwiGLU, 4 d_model of
-                    channel mixing), 0 for no feed-forward.
+    d_ff:           width of the feed-forward after each mixer: None for its default (8/3 d_model of a SwiGLU, 4 d_model
+                    of channel mixing), 0 for no feed-forward.
     feed_forward:   "swiglu", "moe" (mixture of experts), "channel_mixing" (RWKV's) or "none"; one name for all layers,
                     or a tuple with one for each.
     feed_forward_options: {feed-forward's name: {option: value}}.

@@ -4,8 +4,8 @@
     config.optimizer.learning_rate = 2e-3
     check_config(config)                         # raises ConfigError naming key, value, what was expected, the remedy
 
-The sections: `model` (what `lcr.ModelConfig` takes, but the vocabulary, which is the tokenizer's, and norm_epsilon), `task` (`name` and
-that task's options), `data`, `optimizer`, `training`, `evaluation`.
+The sections: `model` (what `lcr.ModelConfig` takes, but the vocabulary, which is the tokenizer's, and norm_epsilon),
+`task` (`name` and that task's options), `data`, `optimizer`, `training`, `evaluation`.
 """
 
 import json

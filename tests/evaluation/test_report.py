@@ -176,7 +176,10 @@ def test_of_each_architecture_the_newest_checkpoint_is_shown_and_the_rest_is_tol
     (series, other), notes = select_series([*old, *new, *more, *make_rows("retnet")])
     assert {row.checkpoint_step for row in series.cells.values()} == {400} and len(series.cells) == 9
     assert series.cells[512, 0.0].samples == 20
-    assert notes == ["mamba: 9 of 19 rows are shown, those of the newest configuration, checkpoint step 400 and seed 0 with the most samples."]
+    assert notes == [
+        "mamba: 9 of 19 rows are shown, those of the newest configuration, checkpoint step 400 and seed 0 with the most "
+        "samples."
+    ]
     assert (series.label, other.label) == ("mamba", "retnet")
 
 

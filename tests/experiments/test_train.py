@@ -132,4 +132,10 @@ def test_errors_have_exit_codes_and_messages():
 
 
 def test_a_flag_that_is_no_configuration_key_is_explained_as_it_is():
-    assert explain("flag --workdir=None: must be set.") == "flag --workdir=None: must be set. See --help."
+    assert explain("flag --workdir=None: must be set.", []) == "flag --workdir=None: must be set. See --help."
+
+
+def test_a_value_that_holds_a_colon_is_shown_whole():
+    value = "{'mamba': 3"
+    message = f"flag --config.model.mixer_options={value}: not a mapping"
+    assert f"model.mixer_options={value!r}" in explain(message, [f"--config.model.mixer_options={value}"])
