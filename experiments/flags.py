@@ -125,11 +125,13 @@ def check_overrides(argv: Sequence[str]) -> None:
             fail(f"--config.{keys[0]}: expected --config=<file> before it, such as experiments/configs/passkey.py")
         return
     flat = flatten(load_config(values[-1]))
-    sections = {key.rsplit(".", i)[0] for key in flat for i in range(1, key.count(".") + 1)} | {"model.mixer_options"}
+    options = ("model.mixer_options", "model.feed_forward_options")
+    sections = {key.rsplit(".", i)[0] for key in flat for i in range(1, key.count(".") + 1)} | set(options)
     for key in keys:
-        if key.startswith("model.mixer_options.") and key not in flat:
-            mixer, _, option = key.removeprefix("model.mixer_options.").partition(".")
-            fail(f"--config.{key}: give options as --config.model.mixer_options=\"{{'{mixer}': {{'{option}': ...}}}}\"")
+        for section in options:
+            if key.startswith(section + ".") and key not in flat:
+                part, _, option = key.removeprefix(section + ".").partition(".")
+                fail(f"--config.{key}: give options as --config.{section}=\"{{'{part}': {{'{option}': ...}}}}\"")
         if key not in flat and key not in sections:
             fail(unknown_name("configuration key", key, flat))
 
