@@ -5,9 +5,18 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_disable_most_optimizations", True)  # see compiling.py
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook(["lcr", "pallas_kernels"], "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Every program compiled for a CPU holds memory maps, of which a process may have some 65,000: kept for the whole
+    run, those of a thousand tests are too many, and the process dies."""
+    yield
+    jax.clear_caches()

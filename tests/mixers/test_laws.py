@@ -143,9 +143,12 @@ def short_chunks():
         yield
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.replace(", ", "-").replace(" ", "_"))
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.replace(", ", "-").replace(" ", "_"))
 def case(request):
-    return request.param
+    """All laws of one case are tested before the next, so that its programs need not be kept."""
+    yield request.param
+    build.cache_clear()
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("ids", [None, IDS], ids=["one document", "packed"])
