@@ -5,6 +5,8 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 
+import jax
+
 logger = logging.getLogger("pallas_kernels")
 
 
@@ -26,3 +28,21 @@ def choose(op: str, implementations: Mapping[str, Callable], name: str | None, d
 @functools.cache
 def _log_once(op: str, name: str) -> None:
     logger.info("%s: using the %r implementation", op, name)
+
+
+def loop_forward(loop: Callable, chunked: Callable, scale_at: int) -> Callable:
+    """The token loop, where it is the faster one forward, and the chunked form where a gradient is asked for.
+
+    Both take the same positional arguments, all arrays (or None) but the number at `scale_at`.
+    """
+
+    def forward(*arguments):
+        before, scale, after = arguments[:scale_at], arguments[scale_at], arguments[scale_at + 1 :]
+        return jax.vjp(lambda *arrays: chunked(*arrays[:scale_at], scale, *arrays[scale_at:]), *before, *after)
+
+    def backward(scale, pullback, cotangents):
+        return pullback(cotangents)
+
+    run = jax.custom_vjp(loop, nondiff_argnums=(scale_at,))
+    run.defvjp(forward, backward)
+    return run

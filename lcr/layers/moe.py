@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from lcr.layers.mlp import SwiGLU
 from lcr.mixers.interface import check_choice, check_positive, check_whole
 from lcr.typing import Activations, Array, Bool, Float, Int, Leaf, SegmentIds
 
@@ -87,8 +88,7 @@ class MoE(nnx.Module):
         if config.balance == "bias":
             self.selection_bias = nnx.Param(jnp.zeros((experts,), jnp.float32), group="selection_bias")
         if config.num_shared:
-            self.shared_gate_up = weight(d_model, 2 * width * config.num_shared, lead=())
-            self.shared_down = weight(width * config.num_shared, d_model, lead=())
+            self.shared = SwiGLU(d_model, width * config.num_shared, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Activations, segment_ids: SegmentIds | None = None) -> tuple[Activations, Routing]:
         config = self.config
@@ -99,8 +99,7 @@ class MoE(nnx.Module):
         chosen, weights = self.choose(scores)
         y = self.experts(flat, chosen, weights)
         if config.num_shared:
-            gate, up = jnp.split(flat @ self.shared_gate_up[...].astype(self.dtype), 2, axis=-1)
-            y = y + (nnx.silu(gate) * up) @ self.shared_down[...].astype(self.dtype)
+            y = y + self.shared(flat[None])[0]
         if real is not None:
             y = jnp.where(real[:, None], y, 0)
         return y.reshape(x.shape), self.routing(logits, scores, chosen, real)

@@ -1,7 +1,6 @@
 """Gated DeltaNet: the delta rule with a decay for each head, as in Mamba-2 (arXiv 2412.06464)."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from pallas_kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
 from lcr.layers.delta_heads import DeltaHeads, HeadsOut, gate_kernel, learning_rates
 from lcr.layers.heads import default_num_heads
 from lcr.layers.segments import forget, read_segments
+from lcr.layers.step_sizes import initial_dt_bias
 from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
@@ -113,10 +113,7 @@ class GatedDeltaNet(nnx.Module):
         self.heads = DeltaHeads(d_model, self.sizes, config.conv_width, dtype=config.dtype, rngs=rngs)
         self.beta = gate_kernel(d_model, num_heads, rngs)
         self.dt_kernel = gate_kernel(d_model, num_heads, rngs)
-        log_dt = jax.random.uniform(
-            rngs.params(), (num_heads,), jnp.float32, math.log(config.dt_min), math.log(config.dt_max)
-        )
-        self.dt_bias = nnx.Param(_inverse_softplus(jnp.exp(log_dt)), group="no_decay")
+        self.dt_bias = initial_dt_bias(num_heads, config.dt_min, config.dt_max, rngs=rngs)
         rate = jax.random.uniform(rngs.params(), (num_heads,), jnp.float32, 1e-3 * config.decay_max, config.decay_max)
         self.A_log = nnx.Param(jnp.log(rate), group="no_decay")
         self.out = HeadsOut(
@@ -163,7 +160,3 @@ class GatedDeltaNet(nnx.Module):
         """log alpha `[B, T, H]`, float32: decays near 1 decide how far the memory reaches."""
         dt = jnp.einsum("btd,dh->bth", x.astype(jnp.float32), self.dt_kernel[...], precision="highest")
         return -jnp.exp(self.A_log[...])[None, None] * jax.nn.softplus(dt + self.dt_bias[...][None, None])
-
-
-def _inverse_softplus(y):
-    return y + jnp.log(-jnp.expm1(-y))

@@ -11,6 +11,7 @@ from pallas_kernels.selective_scan.api import IMPLEMENTATIONS, selective_scan
 
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
+from lcr.layers.step_sizes import initial_dt_bias
 from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
@@ -90,11 +91,7 @@ class Mamba(nnx.Module):
         self.dt_kernel = nnx.Param(
             jax.random.uniform(rngs.params(), (self.dt_rank, inner), jnp.float32, -bound, bound), group="no_decay"
         )
-        log_dt = jax.random.uniform(
-            rngs.params(), (inner,), jnp.float32, math.log(config.dt_min), math.log(config.dt_max)
-        )
-        dt = jnp.maximum(jnp.exp(log_dt), config.dt_floor)
-        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)), group="no_decay")  # softplus^-1(dt)
+        self.dt_bias = initial_dt_bias(inner, config.dt_min, config.dt_max, floor=config.dt_floor, rngs=rngs)
         n = config.decay_scale * jnp.arange(1, config.state_size + 1, dtype=jnp.float32)
         self.A_log = nnx.Param(jnp.tile(jnp.log(n)[None], (inner, 1)), group="no_decay")
         self.D = nnx.Param(jnp.ones((inner,), jnp.float32), group="no_decay")

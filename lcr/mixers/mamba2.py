@@ -11,6 +11,7 @@ from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attentio
 
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
+from lcr.layers.step_sizes import initial_dt_bias
 from lcr.mixers.interface import check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
 
@@ -101,14 +102,11 @@ class Mamba2(nnx.Module):
         def linear(inputs, outputs):
             return nnx.Linear(inputs, outputs, use_bias=False, dtype=config.dtype, rngs=rngs)
 
-        def uniform(low, high):
-            return jax.random.uniform(rngs.params(), (heads,), jnp.float32, low, high)
-
         self.in_proj = linear(d_model, inner + self.conv_channels + heads)
         self.conv = ShortConv(self.conv_channels, config.conv_width, dtype=config.dtype, rngs=rngs)
-        dt = jnp.maximum(jnp.exp(uniform(math.log(config.dt_min), math.log(config.dt_max))), config.dt_floor)
-        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)), group="no_decay")  # softplus^-1(dt)
-        self.A_log = nnx.Param(jnp.log(uniform(*config.decay_range)), group="no_decay")
+        self.dt_bias = initial_dt_bias(heads, config.dt_min, config.dt_max, floor=config.dt_floor, rngs=rngs)
+        rate = jax.random.uniform(rngs.params(), (heads,), jnp.float32, *config.decay_range)
+        self.A_log = nnx.Param(jnp.log(rate), group="no_decay")
         self.D = nnx.Param(jnp.ones((heads,), jnp.float32), group="no_decay")
         self.norm_scale = nnx.Param(jnp.ones((inner,), jnp.float32), group="no_decay")
         self.out_proj = linear(inner, d_model)

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx, struct
 from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attention
 
+from lcr.layers.heads import default_num_heads
 from lcr.layers.rope import rotate
 from lcr.layers.segments import forget, read_segments
 from lcr.mixers.interface import check_compute, check_positive, check_whole
@@ -149,7 +150,7 @@ def _root_mean_square_norm(x: Float[Array, "B T H V"], epsilon: float) -> Float[
 
 def _sizes(config, d_model):
     """H, K and V; raises ValueError where they do not divide."""
-    num_heads = config.num_heads or _default_heads(d_model)
+    num_heads = config.num_heads or default_num_heads(d_model)
     if d_model % num_heads or d_model // num_heads % 2:
         fits = [h for h in range(1, d_model // 2 + 1) if d_model % (2 * h) == 0]
         raise ValueError(
@@ -167,10 +168,3 @@ def _sizes(config, d_model):
             f"decay_exponents={config.decay_exponents}: expected one for each of num_heads={num_heads} heads"
         )
     return num_heads, d_model // num_heads, int(values) // num_heads
-
-
-def _default_heads(d_model):
-    for width in (64, 32, 16):
-        if d_model % width == 0 and d_model // width >= 4:
-            return d_model // width
-    return max(1, d_model // 16)

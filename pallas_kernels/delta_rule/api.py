@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.delta_rule.chunked import chunked
 from pallas_kernels.delta_rule.reference import reference
+from pallas_kernels.dispatch import loop_forward
 
 # The largest state, in numbers (B H K V), for which the token loop is the faster one forward. Measured on two busy CPU
 # cores, float32, T = 4096, K = V = 64: the loop takes 0.6 to 0.8 of the chunked form's time at 16,384; at 65,536 and
@@ -77,26 +78,7 @@ def default_implementation(shape: tuple[int, int, int, int], value_width: int, b
     return "loop_forward" if backend == "cpu" and small and length > 1 else "chunked"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _loop_forward(q, k, v, a, b, log_decay, initial_state, segment_ids, scale):
-    """The token loop, which is the faster one until it has to be differentiated: then the chunked form."""
-    return reference(q, k, v, a, b, log_decay, initial_state, segment_ids, scale)
-
-
-def _loop_forward_fwd(q, k, v, a, b, log_decay, initial_state, segment_ids, scale):
-    def differentiable(*floats):
-        return chunked(*floats, segment_ids, scale)
-
-    return jax.vjp(differentiable, q, k, v, a, b, log_decay, initial_state)
-
-
-def _loop_forward_bwd(scale, pullback, cotangents):
-    return *pullback(cotangents), None
-
-
-_loop_forward.defvjp(_loop_forward_fwd, _loop_forward_bwd)
-
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "loop_forward": _loop_forward}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "loop_forward": loop_forward(reference, chunked, scale_at=8)}
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import loop_forward
 from pallas_kernels.linear_attention.chunked import chunked
 from pallas_kernels.linear_attention.reference import reference
 
@@ -82,27 +83,7 @@ def default_implementation(
     return "loop_forward" if backend == "cpu" and small and length > 1 else "chunked"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _loop_forward(q, k, v, log_decay, initial_state, segment_ids, scale, bonus=None):
-    """The token loop, which is the faster one until it has to be differentiated: then the chunked form."""
-    return reference(q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
-
-
-def _loop_forward_fwd(q, k, v, log_decay, initial_state, segment_ids, scale, bonus=None):
-    def differentiable(q, k, v, log_decay, initial_state, bonus):
-        return chunked(q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
-
-    return jax.vjp(differentiable, q, k, v, log_decay, initial_state, bonus)
-
-
-def _loop_forward_bwd(scale, pullback, cotangents):
-    *others, of_bonus = pullback(cotangents)
-    return *others, None, of_bonus
-
-
-_loop_forward.defvjp(_loop_forward_fwd, _loop_forward_bwd)
-
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "loop_forward": _loop_forward}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "loop_forward": loop_forward(reference, chunked, scale_at=6)}
 
 
 @functools.cache

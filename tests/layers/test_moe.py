@@ -44,7 +44,7 @@ def by_hand(moe, x):
         for e, weight in zip(chosen, weights, strict=True):
             out[at] += weight * swiglu(token, gate_up[e], down[e])
         if config.num_shared:
-            shared = [np.asarray(leaf[...], np.float64) for leaf in (moe.shared_gate_up, moe.shared_down)]
+            shared = [np.asarray(leaf[...], np.float64) for leaf in (moe.shared.gate_up.kernel, moe.shared.down.kernel)]
             out[at] += swiglu(token, *shared)
     return out
 

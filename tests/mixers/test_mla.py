@@ -62,8 +62,8 @@ def feed_forward(layer):
     moe.router[...] = weights[f"{layer}.mlp.gate.weight"].T
     moe.gate_up[...] = jnp.concatenate([experts["gate"], experts["up"]], axis=-1)
     moe.down[...] = experts["down"]
-    moe.shared_gate_up[...] = gate_up("mlp.shared_experts")
-    moe.shared_down[...] = weights[f"{layer}.mlp.shared_experts.down_proj.weight"].T
+    moe.shared.gate_up.kernel[...] = gate_up("mlp.shared_experts")
+    moe.shared.down.kernel[...] = weights[f"{layer}.mlp.shared_experts.down_proj.weight"].T
     return moe
 
 
