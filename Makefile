@@ -17,7 +17,7 @@ compare: .venv/installed
 # One process per core; programs compiled by one test are reused by the others through a cache that lives for the run.
 test: .venv/installed-for-tests
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
-	JAX_COMPILATION_CACHE_DIR="$$cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 \
+	JAX_COMPILATION_CACHE_DIR="$$cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
 setup: .venv/installed

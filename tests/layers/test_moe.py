@@ -123,7 +123,7 @@ def test_memory_does_not_hold_tokens_by_experts_by_choices():
 
 def test_in_a_decoder_pieces_equal_the_whole():
     model = lcr.make_model(
-        {"vocab_size": 31, "d_model": 16, "mixers": ("mamba", "gqa") * 2, "feed_forward": ("swiglu", "moe") * 2},
+        {"vocab_size": 31, "d_model": 16, "mixers": ("gqa",) * 4, "feed_forward": ("swiglu", "moe") * 2},
         rngs=nnx.Rngs(0),
     )
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 1, 31, jnp.int32)

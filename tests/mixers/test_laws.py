@@ -1,7 +1,8 @@
 """The laws of the interface, for every entry of `MIXERS` and for options that change what a mixer computes.
 
 All laws compare on one set of inputs: rows with documents, padding (with garbage in it), and a state that has
-already read something.
+already read something. Nearly all their time is compiling: a mixer's programs are few, shared by the laws, and what
+the tests compute themselves is NumPy.
 """
 
 import functools
@@ -22,7 +23,7 @@ from pallas_kernels.selective_scan import chunked as selective_scan_chunked
 from tolerances import assert_close
 
 BATCH, LENGTH, WIDTH = 3, 24, 32
-CAPACITY = 64
+CAPACITY = LENGTH  # so with what a state has read before, caches overflow in row 2 and become windows
 
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention, window 5, norm, cap": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
@@ -31,20 +32,20 @@ CASES = {name: (name, {}) for name in lcr.MIXERS} | {
 }
 
 # Rows of documents: padding on the left, in the middle, on the right; an id that comes back; one long document.
-IDS = jnp.array(
+IDS = np.array(
     [
         [0, 0, 3, 3, 3, 3, 0, 0, 3, 3, 3, 5, 5, 5, 5, 5, 5, 0, 5, 5, 5, 5, 5, 5],
         [1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 7, 7, 7, 7, 7, 0, 0, 0],
         [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4],
     ],
-    jnp.int32,
+    np.int32,
 )
 # Few distinct lengths, so that few programs are compiled: the whole, eighths of it and single tokens.
 CUTS = [(1, 2, 3, 4, 5, 6, 7, 8, 16), (8, 16, 17, 18, 19, 20, 21, 22, 23)]
 
 
 class Built:
-    """A mixer with its parameters, and what the laws ask of it, compiled once per length."""
+    """A mixer with its parameters, and what the laws ask of it, compiled once per length; in and out go NumPy arrays."""
 
     def __init__(self, case, dtype, implementation, width):
         name, options = CASES[case]
@@ -53,11 +54,11 @@ class Built:
         self.graph, parameters = nnx.split(self.mixer)
         # Away from the special values (zeros, ones) that initialisers give.
         leaves, tree = jax.tree.flatten(parameters)
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        rng = np.random.default_rng(1)
+        leaves = [np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
         self.parameters = jax.tree.unflatten(tree, leaves)
         self._call = jax.jit(self.apply)
-        self._pull_back = jax.jit(self._pull)
+        self._pull = jax.jit(self.pull)
 
     def apply(self, parameters, x, state, ids):
         mixer = nnx.merge(self.graph, parameters)
@@ -65,12 +66,19 @@ class Built:
             return mixer(x, state, ids, jnp.flip(x, axis=-1))
         return mixer(x, state, ids)
 
-    def call(self, x, state, ids):
-        return self._call(self.parameters, x, state, ids)
+    def init_state(self, capacity=CAPACITY):
+        return jax.device_get(self.mixer.init_state(BATCH, capacity))
 
-    def _pull(self, parameters, x, state, ids, cotangents):
-        run = functools.partial(self.apply, ids=ids)
-        return jax.vjp(run, parameters, x, state)[1](cotangents)
+    def call(self, x, state, ids):
+        return jax.device_get(self._call(self.parameters, x, state, ids))
+
+    def pull(self, parameters, x, state, ids, cotangents):
+        outputs, pull = jax.vjp(functools.partial(self.apply, ids=ids), parameters, x, state)
+        return outputs, pull(cotangents)
+
+    def pull_back(self, x, state, ids, cotangents):
+        """The outputs, and the gradients for the parameters, x and the state."""
+        return jax.device_get(self._pull(self.parameters, x, state, ids, cotangents))
 
     def pieces(self, x, state, ids, cuts):
         """Feeds x, cut at `cuts`, through the state."""
@@ -78,7 +86,7 @@ class Built:
         for part, part_ids in zip(cut(x, cuts), cut(ids, cuts), strict=True):
             y, state = self.call(part, state, part_ids)
             outputs.append(y)
-        return jnp.concatenate(outputs, axis=1), state
+        return np.concatenate(outputs, axis=1), state
 
     def gradients(self, x, state, ids, weights, cuts=()):
         """Gradients of sum(y * weights) + sum(sin(final state)) for the parameters, x and the initial state."""
@@ -86,16 +94,16 @@ class Built:
         states = [state]
         for part, part_ids, _ in parts:
             states.append(self.call(part, states[-1], part_ids)[1])
-        cotangent = jax.tree.map(lambda leaf: jnp.cos(leaf) if is_float(leaf) else no_gradient(leaf), states[-1])
+        cotangent = jax.tree.map(lambda leaf: np.cos(leaf) if is_float(leaf) else no_gradient(leaf), states[-1])
         parameters, xs = [], []
         for (part, part_ids, part_weights), before in zip(parts[::-1], states[-2::-1], strict=True):
             args = (part, before, part_ids, (part_weights.astype(part.dtype), cotangent))
-            of_parameters, of_x, cotangent = self._pull_back(self.parameters, *args)
+            _, (of_parameters, of_x, cotangent) = self.pull_back(*args)
             parameters.append(of_parameters)
             xs.insert(0, of_x)
         return {
             "parameters": jax.tree.map(lambda *leaves: sum(leaves), *parameters),
-            "x": jnp.concatenate(xs, axis=1),
+            "x": np.concatenate(xs, axis=1),
             "state": [leaf for leaf in jax.tree.leaves(cotangent) if is_float(leaf)],
         }
 
@@ -110,7 +118,7 @@ def no_gradient(leaf):
 
 def cut(array, cuts):
     ends = [*cuts, LENGTH]
-    return [None if array is None else array[:, a:b] for a, b in zip([0, *cuts], ends, strict=True)]
+    return [array[:, a:b] for a, b in zip([0, *cuts], ends, strict=True)]
 
 
 @functools.cache
@@ -118,14 +126,21 @@ def build(case, dtype="float32", implementation=None, width=WIDTH) -> Built:
     return Built(case, dtype, implementation, width)
 
 
+@functools.cache
 def inputs(seed=2, length=LENGTH, width=WIDTH):
-    return jax.random.normal(jax.random.key(seed), (BATCH, length, width))
+    values = np.random.default_rng(seed).standard_normal((BATCH, length, width), np.float32)
+    values.flags.writeable = False
+    return values
 
 
 def used_state(built):
     """A state that has read eight tokens of documents 3, 9 and 4: rows 0 and 2 of IDS go on with theirs."""
-    ids = jnp.broadcast_to(jnp.array([[3], [9], [4]], jnp.int32), (BATCH, 8))
-    return built.call(inputs(3, 8), built.mixer.init_state(BATCH, CAPACITY), ids)[1]
+    ids = np.broadcast_to(np.array([[3], [9], [4]], np.int32), (BATCH, 8))
+    return built.call(inputs(3, 8), built.init_state(), ids)[1]
+
+
+def no_cotangent(state):
+    return jax.tree.map(lambda leaf: np.zeros_like(leaf) if is_float(leaf) else no_gradient(leaf), state)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,42 +166,54 @@ def case(request):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("ids", [None, IDS], ids=["one document", "packed"])
-def test_split(case, ids):
+def test_split(case):
     built = build(case)
     x, state, weights = inputs(), used_state(built), inputs(4)
-    whole = built.call(x, state, ids)
+    whole = built.call(x, state, IDS)
     for cuts in CUTS:
-        assert_close(built.pieces(x, state, ids, cuts), whole, "float32", f"cut at {cuts}")
-    gradients = built.gradients(x, state, ids, weights)
-    through_the_state = built.gradients(x, state, ids, weights, (8, 16))
+        assert_close(built.pieces(x, state, IDS, cuts), whole, "float32", f"cut at {cuts}")
+    gradients = built.gradients(x, state, IDS, weights)
+    through_the_state = built.gradients(x, state, IDS, weights, (8, 16))
     assert_close(through_the_state, gradients, "float32 gradient")
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.abs(leaf).max() > 0, f"{jax.tree_util.keystr(path)}: zero everywhere, so it tests nothing"
 
 
-def test_a_fresh_state_equals_none(case):
+def test_no_segment_ids(case):
+    """`segment_ids=None` equals the ids of the document in hand, for many tokens and for one."""
     built = build(case)
-    x = inputs()
-    none = built.call(x, None, None)
-    assert_close(built.call(x, built.mixer.init_state(BATCH, LENGTH), None), none, "float32")
-    named = built.call(x, built.mixer.init_state(BATCH, LENGTH), jnp.ones((BATCH, LENGTH), jnp.int32))
-    assert_close(named, none, "float32")
+    x, state = inputs(), used_state(built)
+    ids = np.broadcast_to(state.segment_id[:, None], (BATCH, LENGTH))
+    assert_close(built.call(x, state, None), built.call(x, state, ids), "float32")
+    assert_close(built.call(x[:, :1], state, None), built.call(x[:, :1], state, ids[:, :1]), "float32")
+
+
+def test_no_state(case):
+    """`state=None` equals a fresh state with room for the call's tokens, in which the first document has the id 1."""
+    built = build(case)
+    x, state = inputs(), built.init_state(LENGTH)
+    named = np.ones((BATCH, LENGTH), np.int32)
+    outputs = built.call(x, state, named)
+    cotangents = (inputs(4), no_cotangent(outputs[1]))
+    none, (*of_none, _) = built.pull_back(x, None, None, cotangents)
+    assert_close(none, outputs, "float32")
+    assert_close(built.call(x, state, None), outputs, "float32")
+    _, (*expected, _) = built.pull_back(x, state, named, cotangents)
+    assert_close(of_none, expected, "float32 gradient")
 
 
 @pytest.mark.parametrize("end", [1, 13, 23])
 def test_causality(case, end):
     built = build(case)
     x, state = inputs(), used_state(built)
-    early = jnp.arange(LENGTH)[None, :, None] < end
+    early = np.arange(LENGTH)[None, :, None] < end
     y, _ = built.call(x, state, IDS)
-    y_changed, _ = built.call(jnp.where(early, x, 100 * inputs(5)), state, IDS)
+    y_changed, _ = built.call(np.where(early, x, 100 * inputs(5)), state, IDS)
     assert_close(y_changed[:, :end], y[:, :end], "float32")
-    nothing = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if is_float(leaf) else no_gradient(leaf), state)
-    weights = jnp.where(early, inputs(4), 0)
-    _, of_x, _ = built._pull_back(built.parameters, x, state, IDS, (weights, nothing))
-    assert np.asarray(of_x)[:, :end].any()
-    assert not np.asarray(of_x)[:, end:].any(), "a gradient flows to a later token"
+    weights = np.where(early, inputs(4), np.float32(0))
+    _, (_, of_x, _) = built.pull_back(x, state, IDS, (weights, no_cotangent(state)))
+    assert of_x[:, :end].any()
+    assert not of_x[:, end:].any(), "a gradient flows to a later token"
 
 
 def documents(ids):
@@ -204,26 +231,24 @@ def documents(ids):
 def test_packing(case, b):
     """Each document of a row gives alone, on a fresh state, what it gives packed: outputs and gradients."""
     built = build(case)
-    x, weights, ids = inputs(), inputs(4), np.asarray(IDS)
-    state = built.mixer.init_state(BATCH, CAPACITY)
-    groups = documents(ids[b])
-    assert len(groups) <= BATCH + 1
-    y, _ = built.call(x, state, IDS)
-    only = jnp.zeros_like(weights).at[b].set(jnp.where(IDS[b][:, None] != 0, weights[b], 0))
-    nothing = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if is_float(leaf) else no_gradient(leaf), state)
-    packed = built._pull_back(built.parameters, x, state, IDS, (only, nothing))[:2]
+    x, weights = inputs(), inputs(4)
+    state = built.init_state()
+    nothing = no_cotangent(state)
+    groups = documents(IDS[b])
+    only = np.zeros_like(weights)
+    only[b] = np.where(IDS[b][:, None] != 0, weights[b], 0)
+    (y, _), (*packed, _) = built.pull_back(x, state, IDS, (only, nothing))
 
-    total, of_x = jax.tree.map(jnp.zeros_like, built.parameters), jnp.zeros_like(x)
-    for tokens in groups:  # alone at the start of row 0, the rest of the batch padding
-        at, end = jnp.array(tokens), len(tokens)
-        own_x = inputs(10).at[0, :end].set(x[b, at])
-        own_ids = jnp.zeros_like(IDS).at[0, :end].set(1)
-        own_weights = jnp.zeros_like(weights).at[0, :end].set(weights[b, at])
-        assert_close(built.call(own_x, state, own_ids)[0][0, :end], y[b, at], "float32")
-        gradients = built._pull_back(built.parameters, own_x, state, own_ids, (own_weights, nothing))
-        total = jax.tree.map(jnp.add, total, gradients[0])
-        of_x = of_x.at[b, at].set(gradients[1][0, :end])
-    assert_close((total, of_x), packed, "float32 gradient")
+    total, of_x = jax.tree.map(np.zeros_like, built.parameters), np.zeros_like(x)
+    for at in groups:  # alone at the start of row 0, the rest of the batch padding
+        end = len(at)
+        own_x, own_ids, own_weights = inputs(10).copy(), np.zeros_like(IDS), np.zeros_like(weights)
+        own_x[0, :end], own_ids[0, :end], own_weights[0, :end] = x[b, at], 1, weights[b, at]
+        (own_y, _), (of_parameters, of_own_x, _) = built.pull_back(own_x, state, own_ids, (own_weights, nothing))
+        assert_close(own_y[0, :end], y[b, at], "float32")
+        total = jax.tree.map(np.add, total, of_parameters)
+        of_x[b, at] = of_own_x[0, :end]
+    assert_close([total, of_x], packed, "float32 gradient")
 
 
 @pytest.mark.parametrize("where", ["left", "right", "middle"])
@@ -231,7 +256,7 @@ def test_padding(case, where):
     """Padding, with garbage in it, changes no output, no state, no gradient; its own output is zero."""
     built = build(case)
     state = used_state(built)
-    at = jnp.array({
+    at = np.array({
         "left": list(range(8, LENGTH)),
         "right": list(range(LENGTH - 8)),
         "middle": [0, 1, 2, 3, 5, 6, 9, 10, 11, 12, 15, 16, 17, 18, 19, 23],
@@ -239,32 +264,35 @@ def test_padding(case, where):
     padding = np.setdiff1d(np.arange(LENGTH), at)
     # Sixteen real tokens: without padding as two calls of eight, with padding as one call of twenty-four.
     x, weights = inputs()[:, :16], inputs(4)[:, :16]
-    ids = jnp.array([[3] * 8 + [5] * 8, [9] * 16, [4] * 2 + [6] * 14], jnp.int32)
+    ids = np.array([[3] * 8 + [5] * 8, [9] * 16, [4] * 2 + [6] * 14], np.int32)
     first, middle = built.call(x[:, :8], state, ids[:, :8])
     second, after = built.call(x[:, 8:], middle, ids[:, 8:])
-    padded = (1e3 * inputs(6)).at[:, at].set(x)
-    padded_ids = jnp.zeros((BATCH, LENGTH), jnp.int32).at[:, at].set(ids)
-    y_padded, after_padded = built.call(padded, state, padded_ids)
-    assert_close(y_padded[:, at], jnp.concatenate([first, second], axis=1), "float32")
-    assert_close(after_padded, after, "float32")
-    assert not np.asarray(y_padded)[:, padding].any()
 
-    gradients = built.gradients(padded, state, padded_ids, inputs(7).at[:, at].set(weights))
-    assert not np.asarray(gradients["x"])[:, padding].any()
-    other = built.gradients(-padded, state, padded_ids, inputs(7).at[:, at].set(weights))
-    assert np.asarray(other["x"])[:, at].any()
+    def padded(values, garbage):
+        result = garbage.copy()
+        result[:, at] = values
+        return result
+
+    padded_x, padded_ids = padded(x, 1e3 * inputs(6)), padded(ids, np.zeros_like(IDS))
+    y_padded, after_padded = built.call(padded_x, state, padded_ids)
+    assert_close(y_padded[:, at], np.concatenate([first, second], axis=1), "float32")
+    assert_close(after_padded, after, "float32")
+    assert not y_padded[:, padding].any()
+
+    gradients = built.gradients(padded_x, state, padded_ids, padded(weights, inputs(7)))
+    assert not gradients["x"][:, padding].any()
+    assert gradients["x"][:, at].any()
     for garbage in (0.0, -1.0):  # neither the garbage nor the cotangent of a padded output matters
-        again = built.gradients(
-            (garbage * padded).at[:, at].set(x), state, padded_ids, (3 * inputs(8)).at[:, at].set(weights)
-        )
+        other = padded(x, np.float32(garbage) * padded_x)
+        again = built.gradients(other, state, padded_ids, padded(weights, 3 * inputs(8)))
         assert_close(again, gradients, "float32 gradient")
 
 
 def test_a_call_of_padding_alone_changes_nothing(case):
     built = build(case)
     state = used_state(built)
-    y, after = built.call(inputs(), state, jnp.zeros((BATCH, LENGTH), jnp.int32))
-    assert not np.asarray(y).any()
+    y, after = built.call(inputs(), state, np.zeros_like(IDS))
+    assert not y.any()
     assert_close(after, state, "exact")
 
 
@@ -274,36 +302,40 @@ def test_batch(case):
     x, state = inputs(), used_state(built)
     y, after = built.call(x, state, IDS)
     for b in range(BATCH):
-        order = jnp.array([(b + 1) % BATCH, b, b])  # row b in two places, beside another row
-        others = (50 * inputs(11)).at[1].set(x[b])
-        ids = jnp.stack([IDS[(b + 2) % BATCH], IDS[b], jnp.zeros_like(IDS[b])])
+        order = np.array([(b + 1) % BATCH, b, b])  # row b in two places, beside another row
+        others = 50 * inputs(11)
+        others[1] = x[b]
+        ids = np.stack([IDS[(b + 2) % BATCH], IDS[b], np.zeros_like(IDS[b])])
         y_beside, after_beside = built.call(others, jax.tree.map(lambda leaf: leaf[order], state), ids)
         row = [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree, i in (
             (y_beside, 1), (y, b), (after_beside, 1), (after, b))]  # fmt: skip
         assert_close(row[0::2], row[1::2], "float32", f"row {b}")
 
 
-@pytest.mark.parametrize("ids", [None, IDS], ids=["one document", "packed"])
-def test_reference(case, ids):
+def test_reference(case):
     """The fast form equals the slow one: outputs, states, and all gradients, state cotangents included."""
     fast, slow = build(case), build(case, implementation="reference")
-    x, state, weights = inputs(), used_state(fast), inputs(4)
-    expected = slow.call(x, state, ids)
-    assert_close(fast.call(x, state, ids), expected, "float32")
-    one_by_one = tuple(range(1, LENGTH))
-    assert_close(slow.pieces(x, state, ids, one_by_one), expected, "float32", "step by step")
-    gradients = [built.gradients(x, state, ids, weights) for built in (fast, slow)]
-    assert_close(*gradients, "float32 gradient")
+    x, state = inputs(), used_state(fast)
+    cotangents = (inputs(4), jax.tree.map(lambda leaf: np.cos(leaf) if is_float(leaf) else no_gradient(leaf), state))
+    (outputs, gradients), (expected, slow_gradients) = [
+        built.pull_back(x, state, IDS, cotangents) for built in (fast, slow)
+    ]
+    assert_close(outputs, expected, "float32")
+    assert_close(gradients[:2], slow_gradients[:2], "float32 gradient")
+    assert_close(*([leaf for leaf in jax.tree.leaves(g[2]) if is_float(leaf)] for g in (gradients, slow_gradients)), "float32 gradient")
 
 
 def test_precision(case):
     """bfloat16 compute stays near float32; outputs are bfloat16, recurrent accumulators are not."""
     exact, rounded = build(case), build(case, "bfloat16")
-    x = inputs().astype(jnp.bfloat16)
-    state = exact.mixer.init_state(BATCH, CAPACITY)
-    y, after = exact.call(x.astype(jnp.float32), state, IDS)
-    state_rounded = rounded.mixer.init_state(BATCH, CAPACITY)
-    y_rounded, after_rounded = rounded.call(x, state_rounded, IDS)
+    x, weights = inputs().astype(jnp.bfloat16), inputs(4).astype(jnp.bfloat16)
+    state, state_rounded = exact.init_state(), rounded.init_state()
+    (y, after), (of_parameters, *_) = exact.pull_back(
+        x.astype(np.float32), state, IDS, (weights.astype(np.float32), no_cotangent(state))
+    )
+    (y_rounded, after_rounded), (of_parameters_rounded, *_) = rounded.pull_back(
+        x, state_rounded, IDS, (weights, no_cotangent(state_rounded))
+    )
     assert y_rounded.dtype == jnp.bfloat16
     assert_close(y_rounded, y, "bfloat16")
     assert_close(after_rounded, after, "bfloat16")
@@ -311,12 +343,8 @@ def test_precision(case):
     assert dtypes[0] == dtypes[1], "a call changes the state's dtypes"
     if constant_size(rounded.mixer):
         largest = max(jax.tree.leaves(state_rounded), key=lambda leaf: leaf.size)
-        assert largest.dtype == jnp.float32, "a recurrent accumulator is float32"
-    gradients = [
-        built.gradients(x.astype(y.dtype), s, IDS, inputs(4))["parameters"]
-        for built, s, y in ((rounded, state_rounded, y_rounded), (exact, state, y))
-    ]
-    assert_close(*gradients, "bfloat16 gradient")
+        assert largest.dtype == np.float32, "a recurrent accumulator is float32"
+    assert_close(of_parameters_rounded, of_parameters, "bfloat16 gradient")
 
 
 def constant_size(mixer):
@@ -327,10 +355,10 @@ def test_a_million_tokens_with_extreme_gates(case):
     """Inputs that drive every gate to its ends neither overflow nor vanish into NaN at a million tokens."""
     piece, count, width = 4096, 257, WIDTH // 2
     built = build(case, width=width)
-    scales = jnp.array([0.01, 1.0, 30.0])[:, None, None]
+    x = jnp.asarray(np.array([0.01, 1.0, 30.0], np.float32)[:, None, None] * inputs(8, piece, width))
 
     def step(state, _):
-        y, state = built.apply(built.parameters, scales * inputs(8, piece, width), state, None)
+        y, state = built.apply(built.parameters, x, state, None)
         return state, jnp.abs(y).max((1, 2))
 
     @functools.partial(jax.jit, compiler_options=OPTIMIZED)
@@ -354,18 +382,18 @@ def test_transforms(case):
         return state, y
 
     columns = (x.swapaxes(0, 1)[:, :, None], IDS.T[:, :, None])
-    scanned, y = jax.jit(lambda state: jax.lax.scan(step, state, columns))(state)
+    scanned, y = jax.device_get(jax.jit(lambda state: jax.lax.scan(step, state, columns))(state))
     assert_close((y[:, :, 0].swapaxes(0, 1), scanned), expected, "float32", "scan")
 
     rows = jax.tree.map(lambda leaf: leaf[:, None], (x, state, IDS))
-    y, mapped = jax.jit(jax.vmap(functools.partial(built.apply, built.parameters)))(*rows)
+    y, mapped = jax.device_get(jax.jit(jax.vmap(functools.partial(built.apply, built.parameters)))(*rows))
     assert_close((y[:, 0], jax.tree.map(lambda leaf: leaf[:, 0], mapped)), expected, "float32", "vmap")
 
-    def loss(run, x):
-        return jnp.sum(run(built.parameters, x, state, IDS)[0] ** 2)
+    def loss(x):
+        return jnp.sum(jax.checkpoint(built.apply)(built.parameters, x, state, IDS)[0] * inputs(4))
 
-    gradients = [jax.jit(jax.grad(functools.partial(loss, run)))(x) for run in (built.apply, jax.checkpoint(built.apply))]
-    assert_close(*gradients, "float32 gradient", "remat")
+    _, (_, of_x, _) = built.pull_back(x, state, IDS, (inputs(4), no_cotangent(state)))
+    assert_close(jax.jit(jax.grad(loss))(x), of_x, "float32 gradient", "remat")
 
     def size(length):
         return str(jax.make_jaxpr(built.apply)(built.parameters, inputs(9, length), state, None)).count(" = ")
@@ -376,7 +404,7 @@ def test_transforms(case):
 def test_cost(case):
     """A state keeps its shapes whatever it has read; a cache grows linearly with its capacity, others not."""
     built = build(case)
-    state = built.mixer.init_state(BATCH, CAPACITY)
+    state = built.init_state()
     _, after = built.call(inputs(), state, IDS)
     shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, after)]
     assert shapes[0] == shapes[1]

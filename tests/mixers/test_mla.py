@@ -91,13 +91,14 @@ def logits(x, states):
     return norm(x, golden()["norm"]) @ golden()["head"].T, after
 
 
-@pytest.mark.parametrize("cuts", [(), (32, 33, 34)], ids=["expanded", "absorbed"])
+@pytest.mark.parametrize("cuts", [(), (33, 34)], ids=["expanded", "absorbed"])
 def test_equals_deepseek_v2_of_transformers(cuts):
     x = golden()["embedded"][None]
-    states = [mla.init_state(1, 67) for mla, _ in layers()] if cuts else None
+    empty = [mla.init_state(1, 67) for mla, _ in layers()]
+    states, run = empty if cuts else None, jax.jit(logits)
     outputs = []
     for start, end in zip((0, *cuts), (*cuts, x.shape[1]), strict=True):
-        y, states = logits(x[:, start:end], states)
+        y, states = run(x[:, start:end], states)
         outputs.append(y)
     assert_close(jnp.concatenate(outputs, axis=1)[0], golden()["logits"], "float32 oracle")
 

@@ -20,11 +20,13 @@ def prompt():
 
 
 def by_hand(model, prompt, count):
-    """Greedy decoding that computes the whole sequence again for every token."""
-    for _ in range(count):
-        logits, _ = model(prompt)
-        prompt = jnp.concatenate([prompt, jnp.argmax(logits[:, -1:], -1).astype(jnp.int32)], axis=1)
-    return prompt[:, -count:]
+    """Greedy decoding that computes the whole sequence again for every token: the places not yet filled are later."""
+    length = prompt.shape[1]
+    tokens = np.pad(prompt, ((0, 0), (0, count)))
+    for end in range(length, length + count):
+        logits, _ = model(jnp.asarray(tokens))
+        tokens[:, end] = np.argmax(logits[:, end - 1], -1)
+    return tokens[:, length:]
 
 
 def test_greedy_equals_decoding_without_a_state(model, prompt):

@@ -8,6 +8,7 @@ import sys
 import nbclient
 import nbformat
 import pytest
+from compiling import UNOPTIMIZED
 
 NOTEBOOKS = pathlib.Path(__file__).parents[2] / "notebooks"
 SHORT = {
@@ -20,7 +21,9 @@ def test_every_notebook_has_a_short_setting():
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_runs(name, tmp_path):
+def test_runs(name, tmp_path, monkeypatch):
+    for variable, value in UNOPTIMIZED.items():
+        monkeypatch.setenv(variable, value)
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     settings = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(settings) == 1

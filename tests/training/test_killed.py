@@ -14,6 +14,7 @@ from lcr.training.metrics import read_rows
 from lcr.training.run import load_run
 from lcr.training.step import parameter_values
 
+from tests.compiling import UNOPTIMIZED
 from tests.tolerances import assert_close
 from tests.training.toy import CACHE_SETTINGS
 
@@ -40,11 +41,11 @@ class Session:
         arguments = ["--config=experiments/configs/passkey.py:mha", f"--workdir={workdir}"]
         arguments += [f"--config.{key}={value}" for key, value in VALUES.items()]
         settings = {name.upper(): str(value) for name, value in CACHE_SETTINGS.items()}
-        environment = {**os.environ, **settings, "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PLATFORMS": "cpu"}
+        settings |= UNOPTIMIZED | {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "experiments.train", *arguments],
             cwd=ROOT,
-            env=environment,
+            env=os.environ | settings,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
