@@ -27,6 +27,8 @@ CAPACITY = 64
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention, window 5, norm, cap": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
     "gqa, no positions": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
+    "infini, segments of 5": ("infini", {"segment_length": 5, "update": "delta"}),
+    "infini, linear update": ("infini", {"segment_length": 5, "update": "linear"}),
     "mamba, 5 states, 2 taps": ("mamba", {"state_size": 5, "conv_width": 2}),
 }
 
