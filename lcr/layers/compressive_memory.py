@@ -168,6 +168,20 @@ def _chunked(tokens: _Tokens, memory: Memory, delta: bool) -> tuple[Float[Array,
     return reads.reshape(batch, count * size, *reads.shape[3:])[:, :length], memory
 
 
+def _solve(lower: Float[Array, "B G C C"], right: Float[Array, "B G C V"]) -> Float[Array, "B G C V"]:
+    """x with (I + lower) x = right, for a strictly lower triangular matrix whose rows sum to 1 at most, not below 0.
+
+    (I + A)^-1 = (I - A) (I + A^2) (I + A^4) ...: with such rows every power has them too, and the product of the first
+    n factors is at most twice the inverse, so nothing cancels but what does in the inverse itself. (LAPACK's
+    substitution, one matrix after another, takes several times as long on a CPU.)
+    """
+    x, power = right - _product("bgij,bgjv->bgiv", lower, right), lower
+    for _ in range(1, (lower.shape[-1] - 1).bit_length()):
+        power = _product("bgij,bgjk->bgik", power, power)
+        x = x + _product("bgij,bgjv->bgiv", power, x)
+    return x
+
+
 def _chunk(memory: Memory, tokens: _Tokens, delta: bool) -> tuple[Memory, Float[Array, "B C G R V"]]:
     """Any number of boundaries may lie in a chunk. Token i reads, all of them of its own document: the past that came
     with the chunk; the running segment that came with it, if i is in a later one; and what tokens j of the chunk in
@@ -194,8 +208,7 @@ def _chunk(memory: Memory, tokens: _Tokens, delta: bool) -> tuple[Memory, Float[
         before, inverse, scores = reads(_weights(k)[:, :, :, None])
         right = jnp.moveaxis(v - (before * inverse)[:, :, :, 0], 1, 2)
         lower = scores[:, :, 0] * jnp.moveaxis(inverse[:, :, :, 0], 1, 2)
-        v = jax.lax.linalg.triangular_solve(lower, right, left_side=True, lower=True, unit_diagonal=True)
-        v = jnp.moveaxis(v, 2, 1)
+        v = jnp.moveaxis(_solve(lower, right), 2, 1)
     before, inverse, scores = reads(_weights(q))
     read = (before + _product("bgrij,bjgv->bigrv", scores, v)) * inverse
 
