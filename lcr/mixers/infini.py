@@ -28,7 +28,8 @@ class InfiniConfig:
         learns nothing of a memory read once or twice. 64 makes sixteen segments of a sequence of 1,024 tokens, the
         size of experiment at which others saw the gates move; the paper has 2,048 (in sequences of 32,768).
     update: "delta" (the paper's linear + delta, a little better there) or "linear".
-    rope_base: base of RoPE's wavelengths. gate_init: beta of every head at the start; 0 weighs memory and segment alike.
+    rope_base: base of RoPE's wavelengths.
+    gate_init: beta of every head at the start; 0 weighs memory and segment alike.
     dtype: of the compute; parameters are float32. implementation: of `pallas_kernels.attention`; "reference" also
         takes the memory token by token.
     """

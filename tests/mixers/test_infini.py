@@ -22,6 +22,13 @@ def build(**options):
     return InfiniConfig(**options).make(WIDTH, rngs=nnx.Rngs(0))
 
 
+@functools.cache
+def program(implementation=None, **options):
+    """A compiled `(parameters, x, state, ids) -> (y, state)`."""
+    graph = nnx.graphdef(build(implementation=implementation, **options))
+    return jax.jit(lambda parameters, *args: nnx.merge(graph, parameters)(*args))
+
+
 def activations(length, batch=2, seed=1, dtype=np.float64):
     return np.random.default_rng(seed).standard_normal((batch, length, WIDTH)).astype(dtype)
 
@@ -81,7 +88,7 @@ def test_equations_of_the_paper(update, monkeypatch):
             mixer.beta[...] = jnp.asarray(beta)
             parameters = {n: np.asarray(getattr(mixer, n).kernel[...], np.float64) for n in ("query", "key", "value")}
             parameters |= {"out": np.asarray(mixer.out.kernel[...], np.float64), "beta": beta.astype(np.float64)}
-            y, state = mixer(jnp.asarray(x))
+            y, state = jax.jit(lambda x, mixer=mixer: mixer(x))(jnp.asarray(x))
             state = jax.tree.map(np.asarray, state)
             for b in range(2):
                 expected, memories = paper(parameters, x[b], update)
@@ -133,45 +140,50 @@ def test_gradients_of_the_memory(delta, monkeypatch):
 
 @pytest.mark.parametrize("update", ["delta", "linear"])
 def test_any_packing_in_chunks_equals_token_by_token(update, monkeypatch):
-    """Documents from one token to a few segments, padding between, over several chunks, then cut anywhere."""
+    """Documents from one token to a few segments, padding between, over several chunks and calls."""
     monkeypatch.setattr(memory_module, "CHUNK", 8)
     rng = np.random.default_rng(5)
     ids = np.stack([np.repeat(rng.integers(0, 3, 20), rng.integers(1, 12, 20))[:60] for _ in range(2)]).astype(np.int32)
     x = activations(60, dtype=np.float32)
-    fast, slow = build(update=update, segment_length=4), build(update=update, segment_length=4, implementation="reference")
-    call = jax.jit(lambda x, state, ids: fast(x, state, ids))
-    expected = slow(jnp.asarray(x), None, jnp.asarray(ids))
-    assert_close(call(x, fast.init_state(2), ids), expected, "float32")
-    outputs, state = [], fast.init_state(2)
-    for cut in range(0, 60, 15):  # inside segments of 4, and inside chunks of 8
-        y, state = call(x[:, cut : cut + 15], state, ids[:, cut : cut + 15])
+    mixer = build(update=update, segment_length=4)
+    fast, slow = (program(form, update=update, segment_length=4) for form in (None, "reference"))
+    parameters, empty = nnx.state(mixer), mixer.init_state(2)
+    expected = slow(parameters, x, empty, ids)
+    outputs, state = [], empty
+    for cut in range(0, 60, 20):  # three chunks each, the last one filled up
+        y, state = fast(parameters, x[:, cut : cut + 20], state, ids[:, cut : cut + 20])
         outputs.append(y)
     assert_close((np.concatenate(outputs, axis=1), state), expected, "float32")
 
 
+def with_gate(beta, x, ids=None):
+    """Outputs for three segments of tokens, of one document if no ids are given."""
+    ids = np.ones(x.shape[:2], np.int32) if ids is None else ids
+    return np.asarray(program()(nnx.state(build(gate_init=beta)), x, None, ids)[0])
+
+
 def test_the_gate_at_its_ends_is_attention_or_memory_alone():
-    x = jnp.asarray(activations(3 * SEGMENT, dtype=np.float32))
-    local, memory = build(gate_init=-200.0), build(gate_init=200.0)
-    y, _ = local(x)
-    pieces = [local(x[:, s : s + SEGMENT])[0] for s in range(0, x.shape[1], SEGMENT)]
-    assert_close(y, np.concatenate(pieces, axis=1), "float32", "segments know nothing of one another")
-    y, _ = memory(x)
-    assert not np.asarray(y[:, :SEGMENT]).any(), "nothing is remembered in the first segment"
-    changed = x.at[:, SEGMENT].set(5.0)
-    again, _ = memory(changed)
-    later = slice(SEGMENT + 1, 2 * SEGMENT)
-    assert_close(again[:, later], y[:, later], "exact", "a segment's own tokens are not in its memory")
-    assert np.abs(again[:, 2 * SEGMENT :] - y[:, 2 * SEGMENT :]).max() > 1e-3
+    x = activations(3 * SEGMENT, dtype=np.float32)
+    alone = np.broadcast_to(np.repeat(np.arange(1, 4, dtype=np.int32), SEGMENT), x.shape[:2])
+    local = with_gate(-200.0, x)
+    assert_close(local, with_gate(-200.0, x, alone), "float32", "segments know nothing of one another")
+    memory = with_gate(200.0, x)
+    assert not memory[:, :SEGMENT].any(), "nothing is remembered in the first segment"
+    changed = x.copy()
+    changed[:, SEGMENT] = 5.0
+    again = with_gate(200.0, changed)
+    own = slice(SEGMENT + 1, 2 * SEGMENT)
+    assert_close(again[:, own], memory[:, own], "float32", "a segment's own tokens are not in its memory")
+    assert np.abs(again[:, 2 * SEGMENT :] - memory[:, 2 * SEGMENT :]).max() > 1e-3
 
 
-def test_memory_reads_have_no_positions():
-    """Tokens of an earlier segment in another order leave the same linear memory; with the gate there, the same output."""
-    mixer = build(gate_init=200.0, update="linear")
-    x = activations(2 * SEGMENT, dtype=np.float32)
-    turned_round = np.concatenate([x[:, SEGMENT - 1 :: -1], x[:, SEGMENT:]], axis=1)
-    outputs = [mixer(jnp.asarray(y))[0][:, SEGMENT:] for y in (x, turned_round)]
-    assert np.abs(outputs[0]).max() > 0.01
-    assert_close(*outputs, "float32")
+def test_memory_has_no_positions():
+    """The first segment's tokens in another order leave the same memory."""
+    x = activations(3 * SEGMENT, dtype=np.float32)
+    reversed_segment = np.concatenate([x[:, SEGMENT - 1 :: -1], x[:, SEGMENT:]], axis=1)
+    one, other = (with_gate(200.0, y)[:, SEGMENT:] for y in (x, reversed_segment))
+    assert np.abs(one).max() > 0.01
+    assert_close(other, one, "float32")
 
 
 def test_small_features_are_not_rounded_away():
@@ -203,10 +215,10 @@ def test_state_bytes_do_not_grow():
     assert state_bytes(mixer.init_state(1)) == state_bytes(mixer.init_state(1, 10**6)) == held
     half = mixer.init_state(1, 1, jnp.bfloat16)
     assert half.keys.dtype == half.values.dtype == jnp.bfloat16 and half.memory.dtype == jnp.float32
-    _, after = mixer(jnp.ones((1, 1, WIDTH)), half)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), half
-    )
+    for length in (1, 3, 2 * SEGMENT):
+        _, after = jax.eval_shape(mixer, jnp.ones((1, length, WIDTH)), half)
+        shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) for state in (half, after)]
+        assert shapes[0] == shapes[1]
 
 
 def test_gate_parameters_have_a_group_of_their_own():
@@ -219,7 +231,7 @@ def test_gate_parameters_have_a_group_of_their_own():
     "options, message",
     [
         ({"segment_length": 0}, "segment_length=0: expected a whole number above 0"),
-        ({"segment_length": 2.5}, "segment_length=2.5: expected a whole number above 0"),
+        ({"segment_length": -3}, "segment_length=-3: expected a whole number above 0"),
         ({"update": "dleta"}, "update: .*Did you mean 'delta'"),
         ({"gate_init": float("inf")}, "gate_init=inf: expected a finite number"),
         ({"rope_base": -1.0}, "rope_base=-1.0: expected a number above 0"),
