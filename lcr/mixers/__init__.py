@@ -9,6 +9,7 @@ from lcr.mixers.attention import AttentionConfig, GQAConfig, MHAConfig, MQAConfi
 from lcr.mixers.deltanet import DeltaNetConfig
 from lcr.mixers.gated_deltanet import GatedDeltaNetConfig
 from lcr.mixers.gla import GLAConfig
+from lcr.mixers.infini import InfiniConfig
 from lcr.mixers.interface import Mixer as Mixer
 from lcr.mixers.interface import MixerConfig as MixerConfig
 from lcr.mixers.interface import check_whole, unknown_name
@@ -26,6 +27,7 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "mqa": MQAConfig,
     "gqa": GQAConfig,
     "mla": MLAConfig,
+    "infini": InfiniConfig,
     "retnet": RetNetConfig,
     "mamba": MambaConfig,
     "mamba2": Mamba2Config,

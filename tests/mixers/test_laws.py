@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from compiling import OPTIMIZED
 from flax import nnx
+from lcr.layers import compressive_memory
 from pallas_kernels.delta_rule import api as delta_rule_api
 from pallas_kernels.delta_rule import chunked as delta_rule_chunked
 from pallas_kernels.linear_attention import api as linear_attention_api
@@ -28,6 +29,8 @@ CAPACITY = LENGTH  # so with what a state has read before, caches overflow in ro
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention, window 5, norm, cap": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
     "gqa, no positions": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
+    "infini, segments of 5": ("infini", {"segment_length": 5, "update": "delta"}),
+    "infini, linear update": ("infini", {"segment_length": 5, "update": "linear"}),
     "mamba, 5 states, 2 taps": ("mamba", {"state_size": 5, "conv_width": 2}),
 }
 
@@ -153,6 +156,7 @@ def short_chunks():
         patch.setattr(vector_decay, "CHUNK", 8)
         patch.setattr(vector_decay, "BLOCK", 4)
         patch.setattr(delta_rule_chunked, "CHUNK", 8)
+        patch.setattr(compressive_memory, "CHUNK", 8)
         for api in (linear_attention_api, delta_rule_api):
             patch.setattr(api, "default_implementation", lambda *shape: "chunked")
         yield
@@ -342,7 +346,9 @@ def test_precision(case):
     dtypes = [jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (state_rounded, after_rounded)]
     assert dtypes[0] == dtypes[1], "a call changes the state's dtypes"
     if constant_size(rounded.mixer):
-        largest = max(jax.tree.leaves(state_rounded), key=lambda leaf: leaf.size)
+        held = jax.tree_util.tree_leaves_with_path(state_rounded)  # keys and values are activations, not accumulators
+        held = [leaf for path, leaf in held if not jax.tree_util.keystr(path).endswith((".keys", ".values"))]
+        largest = max(held, key=lambda leaf: leaf.size)
         assert largest.dtype == np.float32, "a recurrent accumulator is float32"
     assert_close(of_parameters_rounded, of_parameters, "bfloat16 gradient")
 
