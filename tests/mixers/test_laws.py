@@ -26,6 +26,8 @@ CAPACITY = 64
 
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention, window 5, norm, cap": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
+    "mha, alibi": ("mha", {"positions": "alibi"}),
+    "mha, xpos": ("mha", {"positions": "xpos"}),
     "gqa, no positions": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
     "mamba, 5 states, 2 taps": ("mamba", {"state_size": 5, "conv_width": 2}),
 }
