@@ -212,3 +212,38 @@ def test_options_of_a_model_may_hold_mappings():
 def test_contradictions(options, message):
     with pytest.raises(ValueError, match=message):
         lcr.make_mixer("attention", 24, rngs=nnx.Rngs(0), **options)
+
+
+def test_latent_attention_with_yarn():
+    """DeepSeek's: rotated parts grow by the ratio of the two mscales, scores by the square of the second."""
+    scaling = {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8, "mscale": 3.0,
+        "mscale_all_dim": 2.0,
+    }  # fmt: skip
+    sizes = {"num_heads": 2, "nope_head_dim": 6, "rope_head_dim": 8, "value_head_dim": 5, "kv_lora_rank": 7}
+    mixer = lcr.make_mixer("mla", WIDTH, rngs=nnx.Rngs(0), rope_scaling=scaling, **sizes)
+    x = jax.random.normal(jax.random.key(1), (1, 20, WIDTH))
+    wide = functools.partial(np.asarray, dtype=np.float64)
+    at = wide(x[0])
+    q = (at @ wide(mixer.query.kernel[...])).reshape(20, 2, 14)
+    latent, shared = np.split(at @ wide(mixer.kv_down.kernel[...]), [7], axis=-1)
+    latent /= np.sqrt((latent**2).mean(-1, keepdims=True) + 1e-6)
+
+    # pairs of width 8: 64 10^-i / 2 pi = 10, 1.02, 0.1, 0.01 turns; the ramp runs from pair 0 to pair 2
+    turns = np.array([1, 0.1 * (0.5 + 0.5 / 4), 0.01 / 4, 0.001 / 4])
+    stretch = (0.3 * np.log(4) + 1) / (0.2 * np.log(4) + 1)
+    angles = np.exp(1j * np.arange(20)[:, None] * turns)
+
+    def turned(y):
+        return stretch * (y[..., 0::2] + 1j * y[..., 1::2])
+
+    scores = np.einsum("thk,rhk,sr->hts", q[..., :6], wide(mixer.key_up[...]), latent)
+    rotated = [turned(q[..., 6:]) * angles[:, None], turned(shared) * angles]
+    scores += np.einsum("thk,sk->hts", rotated[0], rotated[1].conj()).real
+    scores *= (0.2 * np.log(4) + 1) ** 2 / np.sqrt(14)
+    weights = np.exp(np.where(np.tri(20, dtype=bool), scores, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    values = np.einsum("sr,rhv->shv", latent, wide(mixer.value_up[...]))
+    want = np.einsum("hts,shv->thv", weights, values).reshape(20, -1) @ wide(mixer.out.kernel[...])
+    assert_close(apply(mixer, x, None)[0][0], want, "float32", "expanded")
+    assert_close(apply(mixer, x, mixer.init_state(1, 20))[0][0], want, "float32", "absorbed")
