@@ -21,12 +21,12 @@ from lcr.mixers.interface import check_choice, check_positive, check_whole, unkn
 
 
 def rope_frequencies(width: int, base: float = 10_000.0) -> np.ndarray:
-    """`base ** (-2 i / width)` for i in 0 .. width/2 - 1 (arXiv 2104.09864, section 3.3.2), radians per token; float64."""
+    """`base ** (-2 i / width)` for i in 0 .. width/2 - 1 (arXiv 2104.09864, 3.3.2), radians per token; float64."""
     return np.float64(base) ** (-np.arange(0, width, 2, dtype=np.float64) / width)
 
 
 def mscale(factor: float, weight: float = 1.0) -> float:
-    """`0.1 weight ln(factor) + 1`: how much attention scaled by `factor` is sharpened (arXiv 2309.00071, equation 22)."""
+    """`0.1 weight ln(factor) + 1`: how much YaRN sharpens attention (arXiv 2309.00071, section 3.4)."""
     return 0.1 * weight * math.log(factor) + 1.0
 
 
@@ -54,7 +54,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear(RopeScaling):
-    """Position interpolation (arXiv 2306.15595, equation 4): w_i / factor, as if tokens stood closer together."""
+    """Position interpolation (arXiv 2306.15595, section 2.3): w_i / factor, as if tokens stood closer together."""
 
     factor: float
 
@@ -194,12 +194,12 @@ def read_rope_scaling(fields: Mapping[str, Any] | None) -> RopeScaling:
     if fields is None:
         return RopeScaling()
     if not isinstance(fields, Mapping):
-        raise ValueError(f"rope_scaling={fields!r}: expected a mapping such as {{'rope_type': 'linear', 'factor': 4.0}}")
+        raise ValueError(f"rope_scaling={fields!r}: expected a mapping, as {{'rope_type': 'linear', 'factor': 4.0}}")
     given = {name: value for name, value in dict(fields).items() if value is not None}
-    names = {given.pop(key) for key in ("rope_type", "type") if key in given}
-    if len(names) != 1:
+    names = [given.pop(key) for key in ("rope_type", "type") if key in given]
+    if not names or names[0] != names[-1] or not isinstance(names[0], str):
         raise ValueError(f"rope_scaling={dict(fields)!r}: expected one 'rope_type', of {', '.join(ROPE_TYPES)}")
-    (name,) = names
+    name = names[0]
     check_choice("rope_scaling: rope_type", name, ROPE_TYPES)
     known = {field.name: field for field in dataclasses.fields(ROPE_TYPES[name])}
     for key in given:

@@ -2,13 +2,14 @@
 
 The rotated query at position p times the rotated key at s, summed over channel pairs i, becomes
 
-    sum_i zeta_i^((p - s) / 512) q_i(p) . k_i(s),        zeta_i = (2 i / K + 0.4) / 1.4        (section 3.2)
+    sum_i zeta_i^((p - s) / 512) q_i(p) . k_i(s),        zeta_i = (2 i / K + 0.4) / 1.4        (Algorithm 1)
 
 The paper multiplies queries with zeta^(p / 512) and divides keys by zeta^(s / 512), which leaves float32 at some
 36,000 tokens. Any reference r may be taken off both positions, so here each block of queries has its own: its first
 token. Queries are then multiplied with zeta^((p - r) / 512), at least e^-10 in a block, and keys with
 zeta^((r - s) / 512): at most e^10 in the block, below 1 before it, where what underflows to 0 is far away. So the
-cache holds keys that are rotated and no more, and they are multiplied (copied, therefore) each time they are used.
+cache holds keys that are rotated and no more, and they are multiplied (copied, therefore) each time they are used,
+in a decoding step too.
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ BLOCK = 4_096  # queries with one reference; zeta_0^(-4096 / 512) = e^10
 
 
 def xpos_decays(width: int) -> np.ndarray:
-    """`ln(zeta_i) / 512` for i in 0 .. width/2 - 1: what a token of distance adds to the logarithm; float64, negative."""
+    """`ln(zeta_i) / 512` for i in 0 .. width/2 - 1, what each token of distance adds to the logarithm; float64."""
     zeta = (np.arange(0, width, 2, dtype=np.float64) / width + GAMMA) / (1 + GAMMA)
     return np.log(zeta) / SCALE_BASE
 

@@ -83,7 +83,9 @@ class AttentionConfig:
             divisors = [n for n in range(1, heads + 1) if heads % n == 0]
             raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={heads}: expected one of {divisors}")
         if self.positions in ROTARY and width % 2:
-            raise ValueError(f"head_dim={width}: {self.positions} turns pairs of channels; expected an even one, or no positions")
+            raise ValueError(
+                f"head_dim={width}: {self.positions} turns pairs of channels; expected an even one, or no positions"
+            )
         return heads, kv_heads, width
 
     def default_kv_heads(self, num_heads: int) -> int:

@@ -124,6 +124,7 @@ def test_frozen_mappings_are_hashable():
         ({}, "expected one 'rope_type', of default, linear"),
         ({"factor": 2.0}, "expected one 'rope_type', of default, linear"),
         ({"rope_type": "linear", "type": "yarn", "factor": 2.0}, "expected one 'rope_type'"),
+        ({"rope_type": ["yarn"]}, "expected one 'rope_type'"),
         ({"rope_type": "yarm"}, "rope_type: unknown value 'yarm'. Did you mean 'yarn'"),
         ({"rope_type": "linear"}, "expected the field 'factor' of 'linear' too"),
         ({"rope_type": "linear", "factor": None}, "expected the field 'factor' of 'linear' too"),
