@@ -28,6 +28,8 @@ CAPACITY = LENGTH  # so with what a state has read before, caches overflow in ro
 
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention, window 5, norm, cap": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
+    "mha, alibi": ("mha", {"positions": "alibi"}),
+    "mha, xpos": ("mha", {"positions": "xpos"}),
     "gqa, no positions": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
     "infini, segments of 5": ("infini", {"segment_length": 5, "update": "delta"}),
     "infini, linear update": ("infini", {"segment_length": 5, "update": "linear"}),
