@@ -5,17 +5,14 @@ before each chunk, and from there the token loop runs over the positions of a ch
 computes twice what the token loop does, in fewer and larger steps. Only as many chunks are taken together as fill a
 core's cache, one such block after another; the backward pass saves the state before each block and computes the block
 again.
-
-`max` shifts between the scale and the sums and is no part of what the sums stand for, so within a chunk it is a
-constant to the gradient; only from chunk to chunk is it differentiated, as a leaf of the states that a call takes and
-returns.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 
 from pallas_kernels.segments import document_index
-from pallas_kernels.wkv.reference import WKVState, highest, level, step
+from pallas_kernels.wkv.reference import WKVState, hold, level, release, step
 
 CHUNK = 64
 ROW_ELEMENTS = 1024  # chunks are taken together up to this many elements of [chunks, B, D]
@@ -45,32 +42,33 @@ def chunked(k, v, log_decay, bonus, initial_state, segment_ids):
         return after, _outputs(*tokens[:2], *flags, log_decay, bonus, before)
 
     tokens = (split(k), split(v), split(valid[..., None]), split(starts[..., None]))
-    final_state, y = jax.lax.scan(block, initial_state, tokens)
+    state, y = jax.lax.scan(block, hold(initial_state), tokens)
     y = jnp.moveaxis(y, (0, 1, 2), (1, 3, 2)).reshape(batch, -1, width)
-    return y[:, :length], final_state
+    return y[:, :length], release(state)
 
 
-def _states(k, v, valid, starts, log_decay, initial_state):
-    """The state before each chunk, [chunks, B, D], and the last one; from k and v [C, chunks, B, D]."""
+def _states(k, v, valid, starts, log_decay, state):
+    """The state before each chunk, [chunks, B, D], and the last one; from k and v [C, chunks, B, D]. All are held."""
     index = jnp.cumsum(starts, axis=0)
     count = jnp.cumsum(valid, axis=0)
-    after = (count[-1:] - count).astype(k.dtype)  # how many real tokens follow each one
-    exponent = k + after * log_decay[None, None, None]
+    following = (count[-1:] - count).astype(k.dtype)  # how many real tokens follow each one
+    exponent = k + following * log_decay[None, None, None]
     exponent = jnp.where(valid & (index == index[-1:]), exponent, -jnp.inf)
-    top = _finite(jnp.max(exponent, axis=0))
-    weight = jnp.exp(exponent - top[None])
-    sums = WKVState(jnp.sum(weight * v, axis=0), jnp.sum(weight, axis=0), top)
+    highest = _finite(jnp.max(exponent, axis=0))
+    weight = jnp.exp(exponent - stop_gradient(highest)[None])
+    sums = WKVState(jnp.sum(weight * v, axis=0), jnp.sum(weight, axis=0), highest)
     continues = index[-1] == 0
     decay = count[-1].astype(k.dtype) * log_decay[None, None]
 
-    def combine(state, of_chunk):
-        sums, continues, decay = of_chunk
+    def add(state, chunk):
+        sums, continues, decay = chunk
         held, own = jnp.where(continues, level(state), -jnp.inf), level(sums)
-        top = _finite(jnp.maximum(held + decay, own))
+        highest = _finite(jnp.maximum(held + decay, own))
+        held, own, top = stop_gradient((held, own, highest))
         past, now = jnp.exp((held - top) + decay), jnp.exp(own - top)
-        return WKVState(past * state.num + now * sums.num, past * state.den + now * sums.den, top), state
+        return WKVState(past * state.num + now * sums.num, past * state.den + now * sums.den, highest), state
 
-    final_state, before = jax.lax.scan(combine, initial_state, (sums, continues, decay))
+    final_state, before = jax.lax.scan(add, state, (sums, continues, decay))
     return before, final_state
 
 
@@ -82,16 +80,12 @@ def _finite(top):
 def _outputs(k, v, valid, starts, log_decay, bonus, state):
     """The token loop over the positions of a chunk, every row of every chunk being a row of its own."""
 
-    def constant(state, k, log_decay):
-        return jax.lax.stop_gradient(highest(state, k, log_decay))
-
+    @jax.checkpoint
     def one(state, token):
-        return step(state, token, log_decay[None], bonus[None], constant)
+        state, y = step(state, token, log_decay[None], bonus[None])
+        return state._replace(max=stop_gradient(state.max)), y  # nothing reads its gradient
 
-    scale = jax.lax.stop_gradient(state.max)
-    by = jnp.exp(state.max - scale)  # 1, and how the sums' meaning depends on `max`
-    state = WKVState(state.num * by, state.den * by, scale)
     chunk, chunks, batch, width = k.shape
     rows = jax.tree.map(lambda leaf: leaf.reshape(chunk, chunks * batch, leaf.shape[-1]), (k, v, valid, starts))
-    state = jax.tree.map(lambda leaf: leaf.reshape(-1, width), state)
-    return jax.lax.scan(jax.checkpoint(one), state, rows)[1].reshape(k.shape)
+    state = jax.tree.map(lambda leaf: leaf.reshape(-1, width), state._replace(max=stop_gradient(state.max)))
+    return jax.lax.scan(one, state, rows)[1].reshape(k.shape)

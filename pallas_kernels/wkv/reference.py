@@ -1,10 +1,10 @@
 """WKV token by token: the truth that every other form is held to."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from pallas_kernels.segments import document_index
@@ -13,37 +13,52 @@ from pallas_kernels.segments import document_index
 class WKVState(NamedTuple):
     """The two sums, both divided by exp(max); zeros (whatever `max` then is) are the sums of no token."""
 
-    num: Float[Array, "B D"]
-    den: Float[Array, "B D"]
-    max: Float[Array, "B D"]
+    num: Float[Array, "*rows D"]
+    den: Float[Array, "*rows D"]
+    max: Float[Array, "*rows D"]
 
 
-def level(state: WKVState) -> Float[Array, "B D"]:
+def level(state: WKVState) -> Float[Array, "*rows D"]:
     """The logarithm of the scale of the sums, -inf where they are empty."""
     return jnp.where(state.den > 0, state.max, -jnp.inf)
 
 
-def highest(state, k, log_decay):
-    """The new `max`: the largest exponent of the sums, or the token's own where nothing came before it."""
-    return jnp.maximum(level(state) + log_decay, k)
+def hold(state: WKVState) -> WKVState:
+    """The same numbers, the sums now taking their scale for a constant; `release` takes it back.
+
+    `max` only shifts between the scale and the sums, so that its gradients through the two cancel, but for rounding
+    errors that add up from token to token. Between the two functions they are left out.
+    """
+    by = jnp.exp(state.max - stop_gradient(state.max))
+    return WKVState(state.num * by, state.den * by, state.max)
 
 
-def step(state: WKVState, token: tuple, log_decay, bonus, highest: Callable = highest) -> tuple[WKVState, Array]:
-    """One token of every row: `token` is k and v [B, D], and [B, 1] whether it is real and starts a document."""
+def release(state: WKVState) -> WKVState:
+    by = jnp.exp(stop_gradient(state.max) - state.max)
+    return WKVState(state.num * by, state.den * by, state.max)
+
+
+def step(state: WKVState, token: tuple, log_decay, bonus) -> tuple[WKVState, Array]:
+    """One token of every row: `token` is k and v [B, D], and [B, 1] whether it is real and starts a document.
+
+    The state is a held one. Without documents the last two are None.
+    """
     k, v, valid, starts = token
     before = state
     if valid is not None:
         before = jax.tree.map(lambda leaf: jnp.where(starts, 0, leaf), state)
 
     own = bonus + k
-    top = jax.lax.stop_gradient(jnp.maximum(level(before), own))  # y does not depend on it
-    past, now = jnp.exp(level(before) - top), jnp.exp(own - top)
+    scale = stop_gradient(level(before))
+    top = stop_gradient(jnp.maximum(scale, own))
+    past, now = jnp.exp(scale - top), jnp.exp(own - top)
     y = (past * before.num + now * v) / (past * before.den + now)
 
-    top = highest(before, k, log_decay)
+    highest = jnp.maximum(level(before) + log_decay, k)
+    top = stop_gradient(highest)
     # In this order: a decay too small to change `max` still shrinks the sums.
-    past, now = jnp.exp((level(before) - top) + log_decay), jnp.exp(k - top)
-    after = WKVState(past * before.num + now * v, past * before.den + now, top)
+    past, now = jnp.exp((scale - top) + log_decay), jnp.exp(k - top)
+    after = WKVState(past * before.num + now * v, past * before.den + now, highest)
     if valid is None:
         return after, y
     return jax.tree.map(lambda new, old: jnp.where(valid, new, old), after, state), jnp.where(valid, y, 0)
@@ -57,5 +72,6 @@ def reference(k, v, log_decay, bonus, initial_state, segment_ids):
         starts = jnp.diff(index, axis=1, prepend=0) > 0
         valid, starts = valid[..., None], starts[..., None]
     tokens = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (k, v, valid, starts))
-    final_state, y = jax.lax.scan(lambda s, token: step(s, token, log_decay[None], bonus[None]), initial_state, tokens)
-    return y.swapaxes(0, 1), final_state
+    state = hold(initial_state)
+    state, y = jax.lax.scan(lambda state, token: step(state, token, log_decay[None], bonus[None]), state, tokens)
+    return y.swapaxes(0, 1), release(state)
