@@ -36,13 +36,13 @@ class RWKV4Config:
 
 @struct.dataclass
 class RWKV4State:
-    """shift: the last real input; wkv: the two sums and the logarithm of their scale; and the two counters.
+    """wkv: the two sums and the logarithm of their scale; shift: the last real input; and the two counters.
 
     Bytes per sequence: d_model itemsize + 12 A + 8.
     """
 
-    shift: Leaf  # [B, D]
     wkv: WKVState  # three of float32[B, A]
+    shift: Leaf  # [B, D]
     segment_id: Leaf  # int32[B]
     position: Leaf  # int32[B]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from pallas_kernels.segments import document_index
-from pallas_kernels.wkv.reference import WKVState, hold, level, release, step
+from pallas_kernels.wkv.reference import WKVState, hold, level, step
 
 CHUNK = 64
 ROW_ELEMENTS = 1024  # chunks are taken together up to this many elements of [chunks, B, D]
@@ -42,31 +42,30 @@ def chunked(k, v, log_decay, bonus, initial_state, segment_ids):
         return after, _outputs(*tokens[:2], *flags, log_decay, bonus, before)
 
     tokens = (split(k), split(v), split(valid[..., None]), split(starts[..., None]))
-    state, y = jax.lax.scan(block, hold(initial_state), tokens)
+    final_state, y = jax.lax.scan(block, hold(initial_state), tokens)
     y = jnp.moveaxis(y, (0, 1, 2), (1, 3, 2)).reshape(batch, -1, width)
-    return y[:, :length], release(state)
+    return y[:, :length], final_state
 
 
 def _states(k, v, valid, starts, log_decay, state):
-    """The state before each chunk, [chunks, B, D], and the last one; from k and v [C, chunks, B, D]. All are held."""
+    """The state before each chunk, [chunks, B, D], and the last one; from k and v [C, chunks, B, D]."""
     index = jnp.cumsum(starts, axis=0)
     count = jnp.cumsum(valid, axis=0)
     following = (count[-1:] - count).astype(k.dtype)  # how many real tokens follow each one
     exponent = k + following * log_decay[None, None, None]
     exponent = jnp.where(valid & (index == index[-1:]), exponent, -jnp.inf)
-    highest = _finite(jnp.max(exponent, axis=0))
-    weight = jnp.exp(exponent - stop_gradient(highest)[None])
-    sums = WKVState(jnp.sum(weight * v, axis=0), jnp.sum(weight, axis=0), highest)
+    top = _finite(jnp.max(stop_gradient(exponent), axis=0))
+    weight = jnp.exp(exponent - top[None])
+    sums = WKVState(jnp.sum(weight * v, axis=0), jnp.sum(weight, axis=0), top)
     continues = index[-1] == 0
     decay = count[-1].astype(k.dtype) * log_decay[None, None]
 
     def add(state, chunk):
         sums, continues, decay = chunk
         held, own = jnp.where(continues, level(state), -jnp.inf), level(sums)
-        highest = _finite(jnp.maximum(held + decay, own))
-        held, own, top = stop_gradient((held, own, highest))
+        top = stop_gradient(_finite(jnp.maximum(held + decay, own)))
         past, now = jnp.exp((held - top) + decay), jnp.exp(own - top)
-        return WKVState(past * state.num + now * sums.num, past * state.den + now * sums.den, highest), state
+        return WKVState(past * state.num + now * sums.num, past * state.den + now * sums.den, top), state
 
     final_state, before = jax.lax.scan(add, state, (sums, continues, decay))
     return before, final_state
@@ -82,10 +81,9 @@ def _outputs(k, v, valid, starts, log_decay, bonus, state):
 
     @jax.checkpoint
     def one(state, token):
-        state, y = step(state, token, log_decay[None], bonus[None])
-        return state._replace(max=stop_gradient(state.max)), y  # nothing reads its gradient
+        return step(state, token, log_decay[None], bonus[None])
 
     chunk, chunks, batch, width = k.shape
     rows = jax.tree.map(lambda leaf: leaf.reshape(chunk, chunks * batch, leaf.shape[-1]), (k, v, valid, starts))
-    state = jax.tree.map(lambda leaf: leaf.reshape(-1, width), state._replace(max=stop_gradient(state.max)))
+    state = jax.tree.map(lambda leaf: leaf.reshape(-1, width), state)
     return jax.lax.scan(one, state, rows)[1].reshape(k.shape)

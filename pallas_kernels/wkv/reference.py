@@ -1,5 +1,6 @@
 """WKV token by token: the truth that every other form is held to."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -24,18 +25,14 @@ def level(state: WKVState) -> Float[Array, "*rows D"]:
 
 
 def hold(state: WKVState) -> WKVState:
-    """The same numbers, the sums now taking their scale for a constant; `release` takes it back.
+    """A caller's state with its `max` made a constant to the gradient, and the sums dependent on it in its place.
 
-    `max` only shifts between the scale and the sums, so that its gradients through the two cancel, but for rounding
-    errors that add up from token to token. Between the two functions they are left out.
+    What a state says is num exp(max) and den exp(max), whatever the scale. So every `max` made on the way is a
+    constant too: the gradients through the sums are whole without it, and it has a kink wherever two tokens tie.
     """
-    by = jnp.exp(state.max - stop_gradient(state.max))
-    return WKVState(state.num * by, state.den * by, state.max)
-
-
-def release(state: WKVState) -> WKVState:
-    by = jnp.exp(stop_gradient(state.max) - state.max)
-    return WKVState(state.num * by, state.den * by, state.max)
+    constant = stop_gradient(state.max)
+    by = jnp.exp(state.max - constant)
+    return WKVState(state.num * by, state.den * by, constant)
 
 
 def step(state: WKVState, token: tuple, log_decay, bonus) -> tuple[WKVState, Array]:
@@ -49,16 +46,15 @@ def step(state: WKVState, token: tuple, log_decay, bonus) -> tuple[WKVState, Arr
         before = jax.tree.map(lambda leaf: jnp.where(starts, 0, leaf), state)
 
     own = bonus + k
-    scale = stop_gradient(level(before))
+    scale = level(before)
     top = stop_gradient(jnp.maximum(scale, own))
     past, now = jnp.exp(scale - top), jnp.exp(own - top)
     y = (past * before.num + now * v) / (past * before.den + now)
 
-    highest = jnp.maximum(level(before) + log_decay, k)
-    top = stop_gradient(highest)
+    top = stop_gradient(jnp.maximum(scale + log_decay, k))
     # In this order: a decay too small to change `max` still shrinks the sums.
     past, now = jnp.exp((scale - top) + log_decay), jnp.exp(k - top)
-    after = WKVState(past * before.num + now * v, past * before.den + now, highest)
+    after = WKVState(past * before.num + now * v, past * before.den + now, top)
     if valid is None:
         return after, y
     return jax.tree.map(lambda new, old: jnp.where(valid, new, old), after, state), jnp.where(valid, y, 0)
@@ -72,6 +68,6 @@ def reference(k, v, log_decay, bonus, initial_state, segment_ids):
         starts = jnp.diff(index, axis=1, prepend=0) > 0
         valid, starts = valid[..., None], starts[..., None]
     tokens = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (k, v, valid, starts))
-    state = hold(initial_state)
-    state, y = jax.lax.scan(lambda state, token: step(state, token, log_decay[None], bonus[None]), state, tokens)
-    return y.swapaxes(0, 1), release(state)
+    one = functools.partial(step, log_decay=log_decay[None], bonus=bonus[None])
+    final_state, y = jax.lax.scan(one, hold(initial_state), tokens)
+    return y.swapaxes(0, 1), final_state
