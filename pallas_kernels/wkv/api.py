@@ -40,8 +40,8 @@ def wkv(
     implementation: "reference" (token by token), "chunked", "loop_forward" (token by token, and chunked where a
         gradient is asked for), or None: the fastest known.
 
-    Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y `[B, T, D]`
-    in v's dtype, final_state in the dtype of the computation. Differentiable (reverse mode) in every float argument,
+    Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y in v's
+    dtype, `[B, T, D]`, final_state in the dtype of the computation. Differentiable (reverse mode) in every float argument,
     each leaf of `initial_state` included, given cotangents of y and of final_state's num and den; its max is a constant
     to the gradient, which loses nothing of whatever is computed from num exp(max) and den exp(max).
 
@@ -53,15 +53,16 @@ def wkv(
     dtype = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
     if initial_state is None:
         initial_state = WKVState(*[jnp.zeros((batch, width), dtype)] * 3)
-    arrays = jax.tree.map(lambda leaf: leaf.astype(dtype), (k, v, log_decay, bonus, initial_state))
-    k, _, log_decay, bonus, initial_state = arrays
     run = choose("wkv", IMPLEMENTATIONS, implementation, default_implementation(length, jax.default_backend()))
-    y, final_state = run(k, arrays[1], jnp.maximum(log_decay, FORGETS), bonus, initial_state, segment_ids)
+    cast = [k, v, jnp.maximum(log_decay, FORGETS), bonus, initial_state]
+    y, final_state = run(*jax.tree.map(lambda leaf: leaf.astype(dtype), cast), segment_ids)
     return y.astype(v.dtype), final_state
 
 
 def default_implementation(length: int, backend: str) -> str:
     """What `implementation=None` stands for, given T and JAX's default backend."""
+    # Measured on two busy CPU cores, float32, T = 4096, [B, D] from [1, 256] to [8, 1024]: forward the loop takes 0.4 to
+    # 0.7 of the chunked form's time; forward and backward it takes 0.9 to 1.7 times as long, and more memory.
     if length == 1:
         return "reference"
     return "loop_forward" if backend == "cpu" else "chunked"

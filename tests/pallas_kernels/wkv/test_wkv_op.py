@@ -222,7 +222,8 @@ def test_the_default_is_the_loop_that_learns_in_chunks():
         ({"log_decay": jnp.zeros((2, 6))}, r"log_decay: shape \(2, 6\); expected \(6,\)"),
         ({"bonus": jnp.zeros((7,))}, r"bonus: shape \(7,\); expected \(6,\)"),
         ({"segment_ids": jnp.zeros((2, 62), jnp.int32)}, r"segment_ids: shape \(2, 62\); expected \(2, 63\)"),
-        ({"initial_state": WKVState(*[jnp.zeros((2, 5))] * 3)}, r"initial_state.num: shape \(2, 5\); expected \(2, 6\)"),
+        ({"initial_state": WKVState(*[jnp.zeros((2, 5))] * 3)},
+         r"initial_state.num: shape \(2, 5\); expected \(2, 6\)"),
         ({"implementation": "chunk"}, "implementation='chunk': wkv has chunked, loop_forward, reference. Did you mean"),
     ],
 )  # fmt: skip
