@@ -42,8 +42,8 @@ def wkv(
 
     Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y in v's
     dtype, `[B, T, D]`, final_state in the dtype of the computation. Differentiable (reverse mode) in every float argument,
-    each leaf of `initial_state` included, given cotangents of y and of final_state's num and den; its max is a constant
-    to the gradient, which loses nothing of whatever is computed from num exp(max) and den exp(max).
+    each leaf of `initial_state` included, given cotangents of y and of final_state's num and den; its max is a
+    constant to the gradient, which loses nothing of whatever is computed from num exp(max) and den exp(max).
 
     Raises ValueError for shapes that do not agree and for an unknown implementation.
     """
@@ -61,8 +61,8 @@ def wkv(
 
 def default_implementation(length: int, backend: str) -> str:
     """What `implementation=None` stands for, given T and JAX's default backend."""
-    # Measured on two busy CPU cores, float32, T = 4096, [B, D] from [1, 256] to [8, 1024]: forward the loop takes 0.4 to
-    # 0.7 of the chunked form's time; forward and backward it takes 0.9 to 1.7 times as long, and more memory.
+    # Measured on two busy CPU cores, float32, T = 4096, [B, D] from [1, 256] to [8, 1024]: forward the loop takes 0.4
+    # to 0.7 of the chunked form's time; forward and backward it takes 0.9 to 1.7 times as long, and more memory.
     if length == 1:
         return "reference"
     return "loop_forward" if backend == "cpu" else "chunked"
