@@ -40,10 +40,10 @@ def wkv(
     implementation: "reference" (token by token), "chunked", "loop_forward" (token by token, and chunked where a
         gradient is asked for), or None: the fastest known.
 
-    Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y in v's
-    dtype, `[B, T, D]`, final_state in the dtype of the computation. Differentiable (reverse mode) in every float argument,
-    each leaf of `initial_state` included, given cotangents of y and of final_state's num and den; its max is a
-    constant to the gradient, which loses nothing of whatever is computed from num exp(max) and den exp(max).
+    Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y
+    `[B, T, D]` in v's dtype, final_state in the dtype of the computation. Differentiable (reverse mode) in every float
+    argument, each leaf of `initial_state` included, given cotangents of y and of final_state's num and den; its max is
+    a constant to the gradient, which loses nothing of whatever is computed from num exp(max) and den exp(max).
 
     Raises ValueError for shapes that do not agree and for an unknown implementation.
     """
