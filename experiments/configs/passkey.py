@@ -43,10 +43,10 @@ ARCHITECTURES: dict[str, tuple[float, int, dict[str, Any]]] = {
     "gla": (6e-3, 64, {}),
     "deltanet": (6e-3, 64, {}),
     "gated_deltanet": (6e-3, 8, {"gated_deltanet": {"expand_v": 1.5}}),
-    "rwkv4": (6e-3, 104, {}),
+    "rwkv4": (6e-3, 72, {}),
     "rwkv6": (6e-3, 0, {"rwkv6": {"mix_rank": 8, "decay_rank": 32}}),
     "rwkv7": (6e-3, 0, {"rwkv7": {"value_rank": 16, "gate_rank": 16}}),
-    "samba": (6e-3, 48, {"mamba": MAMBA, "mha": {"window": 128}}),
+    "samba": (6e-3, 40, {"mamba": MAMBA, "mha": {"window": 128}}),
     "jamba": (6e-3, 16, {"mamba": MAMBA}),
 }
 VARIANTS = (*ARCHITECTURES, "long")

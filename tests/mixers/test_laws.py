@@ -21,6 +21,8 @@ from pallas_kernels.linear_attention import api as linear_attention_api
 from pallas_kernels.linear_attention import chunked as linear_attention_chunked
 from pallas_kernels.linear_attention import vector_decay
 from pallas_kernels.selective_scan import chunked as selective_scan_chunked
+from pallas_kernels.wkv import api as wkv_api
+from pallas_kernels.wkv import chunked as wkv_chunked
 from tolerances import assert_close
 
 BATCH, LENGTH, WIDTH = 3, 24, 32
@@ -159,7 +161,9 @@ def short_chunks():
         patch.setattr(vector_decay, "BLOCK", 4)
         patch.setattr(delta_rule_chunked, "CHUNK", 8)
         patch.setattr(compressive_memory, "CHUNK", 8)
-        for api in (linear_attention_api, delta_rule_api):
+        patch.setattr(wkv_chunked, "CHUNK", 4)
+        patch.setattr(wkv_chunked, "ROW_ELEMENTS", 2 * BATCH * WIDTH)  # two chunks at a time
+        for api in (linear_attention_api, delta_rule_api, wkv_api):
             patch.setattr(api, "default_implementation", lambda *shape: "chunked")
         yield
 
