@@ -62,7 +62,7 @@ class Built:
         # Away from the special values (zeros, ones) that initialisers give.
         leaves, tree = jax.tree.flatten(parameters)
         rng = np.random.default_rng(1)
-        leaves = [np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
+        leaves = [jnp.asarray(np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32)) for leaf in leaves]
         self.parameters = jax.tree.unflatten(tree, leaves)
         self._call = jax.jit(self.apply)
         self._pull = jax.jit(self.pull)
