@@ -1,5 +1,6 @@
 """What is special about the attention mixer: its ring cache, its options, and models of others rebuilt around it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -200,6 +201,12 @@ def test_default_heads(config, d_model, sizes):
 def test_bad_options(message, config, options):
     with pytest.raises(ValueError, match=message):
         make(config, **options)
+
+
+def test_attention_is_multi_head_attention_unless_told_otherwise():
+    """So that the laws need not be run on both."""
+    assert dataclasses.asdict(AttentionConfig()) == dataclasses.asdict(MHAConfig())
+    assert AttentionConfig().head_sizes(256) == MHAConfig().head_sizes(256) == (4, 4, 64)
 
 
 def test_sizes_are_whole_numbers():
