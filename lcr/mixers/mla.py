@@ -12,7 +12,7 @@ from lcr.layers.cache import append, attend_slots, attend_slots_and_new
 from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import apply_rope
 from lcr.layers.segments import read_segments
-from lcr.mixers.interface import check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Int, Leaf, SegmentIds
 
 
@@ -144,6 +144,7 @@ class MLA(nnx.Module):
     def __call__(
         self, x: Activations, state: LatentCache | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, LatentCache]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         before = self.init_state(batch, length) if state is None else state
         segments = read_segments(segment_ids, before.segment_id, before.position, length)
