@@ -65,13 +65,18 @@ def check_call(mixer: Mixer, x: Array, state: State | None, segment_ids: Array |
     Raises: ValueError for ids of another shape than x's first two axes, and for a state of another mixer, of another
     batch size or of other sizes.
     """
-    if segment_ids is not None and segment_ids.shape != x.shape[:2]:
-        raise ValueError(
-            f"segment_ids: of shape {segment_ids.shape}, expected {x.shape[:2]}: an id for each token of x, which has "
-            f"shape {x.shape}"
-        )
+    check_segment_ids(segment_ids, x, "x")
     if state is not None:
         check_state("state", state, functools.partial(mixer.init_state, x.shape[0]), f"x has {x.shape[0]} rows")
+
+
+def check_segment_ids(segment_ids: Array | None, tokens: Array, name: str) -> None:
+    """`segment_ids` must have the first two axes of `tokens`, the argument `name`. Raises: ValueError."""
+    if segment_ids is not None and segment_ids.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"segment_ids: of shape {segment_ids.shape}, expected {tokens.shape[:2]}, an id for each token: {name} has "
+            f"shape {tokens.shape}"
+        )
 
 
 def check_state(

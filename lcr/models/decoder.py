@@ -11,7 +11,7 @@ from flax import nnx
 from lcr.layers.feed_forward import feed_forward_config, make_feed_forward
 from lcr.layers.moe import Routing
 from lcr.layers.norms import RMSNorm
-from lcr.mixers.interface import Mixer, check_state
+from lcr.mixers.interface import Mixer, check_segment_ids, check_state
 from lcr.models.config import ModelConfig, model_config
 from lcr.typing import Activations, Array, Bool, Float, Int, SegmentIds, State, Tokens
 
@@ -164,6 +164,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B P vocab"], State, tuple[Routing, ...]]:
         """`__call__`, and what the routers did: a `Routing` for each mixture of experts of the pattern, its leaves
         with the repetitions in front. Training adds their losses to its own."""
+        check_segment_ids(segment_ids, tokens, "tokens")
         if states is not None:
             self._check_states(states, tokens.shape[0])
         dtype = jnp.dtype(self.config.dtype)

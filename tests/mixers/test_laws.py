@@ -28,7 +28,9 @@ CAPACITY = LENGTH  # so with what a state has read before, caches overflow in ro
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention, window 5, norm, cap": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
     "gqa, no positions": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
-    "mamba, 5 states, 2 taps, inner norms": ("mamba", {"state_size": 5, "conv_width": 2, "inner_norm": "scaled"}),
+    "mamba, 9 states, 2 taps, inner norms": (
+        "mamba", {"state_size": 9, "conv_width": 2, "inner_norm": "scaled", "dt_rank": 8}
+    ),  # fmt: skip
 }
 
 # Rows of documents: padding on the left, in the middle, on the right; an id that comes back; one long document.
