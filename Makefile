@@ -1,6 +1,6 @@
 # make passkey   train a small Mamba on passkey retrieval, sweep length x depth, show the result
 # make test      the tests
-# make compare   the same sweep for all architectures
+# make compare   the same sweep for all architectures, and what each costs
 # Each sets up what it needs first: a virtual environment in .venv.
 
 PYTHON ?= python3
@@ -13,6 +13,7 @@ passkey: .venv/installed
 
 compare: .venv/installed
 	$(BIN)/python -m experiments.sweep --sweep=experiments/sweeps/passkey.py --workdir=runs/comparison
+	$(BIN)/python -m experiments.costs --sweep=experiments/sweeps/passkey.py --workdir=runs/comparison
 
 # One process per core; programs compiled by one test are reused by the others through a cache that lives for the run.
 test: .venv/installed-for-tests

@@ -1,4 +1,4 @@
-"""What the programs share: reading a configuration from the command line, and telling a user what is wrong.
+"""What the programs share: reading a configuration or a sweep from the command line, and telling a user what is wrong.
 
 Nothing here imports JAX, so that `--help` answers at once; the programs import what is heavy inside `main`.
 """
@@ -178,3 +178,34 @@ def log_briefly() -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+
+
+def load_sweep(name: str) -> list[ConfigDict]:
+    """The configurations of `<file>.py` or `<file>.py:<architecture>,...`: what its `get_sweep` returns.
+
+    Ends the program with a message where there is no such file, it has no `get_sweep`, an architecture is unknown, or
+    two configurations would share a folder.
+    """
+    path, _, only = name.partition(":")
+    if not Path(path).is_file():
+        known = sorted(p.name for p in Path(__file__).parent.glob("sweeps/*.py") if p.name != "__init__.py")
+        fail(
+            f"--sweep={name}: there is no file {path!r}; expected <file>.py or <file>.py:<architecture>,..., such as "
+            + ", ".join(f"experiments/sweeps/{file}" for file in known)
+        )
+    names = runpy.run_path(path)
+    if "get_sweep" not in names:
+        fail(f"--sweep={name}: {path} defines no get_sweep(only); expected a function that returns configurations")
+    try:
+        configs = names["get_sweep"](only)
+    except ValueError as error:
+        fail(f"--sweep={name}: {error}")
+    labels = [config.name for config in configs]
+    for label in labels:
+        if labels.count(label) > 1:
+            fail(f"--sweep={name}: two configurations are called {label!r}: expected a `name` of its own for each")
+        if label != Path(label).name or label in ("", ".", "..", "report"):
+            fail(f"--sweep={name}: the name {label!r} cannot be a folder's in the workdir: expected letters and digits")
+    if not labels:
+        fail(f"--sweep={name}: {path} gives no configuration; expected at least one")
+    return configs

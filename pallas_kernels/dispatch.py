@@ -30,19 +30,22 @@ def _log_once(op: str, name: str) -> None:
     logger.info("%s: using the %r implementation", op, name)
 
 
-def loop_forward(loop: Callable, chunked: Callable, scale_at: int) -> Callable:
+def loop_forward(loop: Callable, chunked: Callable, scale_at: int | None = None) -> Callable:
     """The token loop, where it is the faster one forward, and the chunked form where a gradient is asked for.
 
-    Both take the same positional arguments, all arrays (or None) but the number at `scale_at`.
+    Both take the same positional arguments, all arrays (or None) but the number at `scale_at` (None: there is none).
     """
 
     def forward(*arguments):
+        if scale_at is None:
+            return jax.vjp(chunked, *arguments)
         before, scale, after = arguments[:scale_at], arguments[scale_at], arguments[scale_at + 1 :]
         return jax.vjp(lambda *arrays: chunked(*arrays[:scale_at], scale, *arrays[scale_at:]), *before, *after)
 
-    def backward(scale, pullback, cotangents):
+    def backward(*scale_pullback_cotangents):
+        *_, pullback, cotangents = scale_pullback_cotangents
         return pullback(cotangents)
 
-    run = jax.custom_vjp(loop, nondiff_argnums=(scale_at,))
+    run = jax.custom_vjp(loop, nondiff_argnums=() if scale_at is None else (scale_at,))
     run.defvjp(forward, backward)
     return run

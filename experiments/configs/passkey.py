@@ -2,53 +2,92 @@
 
     python -m experiments.train --config=experiments/configs/passkey.py:mamba --workdir=runs/mamba
 
-Variants: mamba, retnet, mha, gqa, mqa (two layers of width 64 each, no feed-forward), and long (mamba, from step 650 on
-with prompts of up to 1,024 tokens). Cost and what to expect, on two CPU cores:
+Variants: those of `ARCHITECTURES`, two layers of width 64 with as many parameters as Mamba's 72,064, within 5%: what a
+mixer leaves over goes to a SwiGLU of width d_ff; jamba, whose layout takes eight layers, of width 32 here (85,824
+parameters); and long: mamba, from step 650 on with prompts of up to 1,024 tokens. Cost and what to expect, on two CPU
+cores:
 
     mamba   3 minutes    100% at 256 tokens, 95 to 100% by depth at 4,096 (16 times as long), README.md
     long    20 minutes, beside other work; evaluating takes 6 more: 100% at 1,024 and at 16,384 tokens (16 times as
             long), 81 to 100% at 65,536 (64 times), 100% at 1,048,576 (one prompt for each depth)
 
-The others were not run to the end: their cost is not known, and their learning rates are Mamba's.
+Each learning rate is the one of 1.5e-3, 3e-3, 6e-3 and 1.2e-2 with the lowest loss after a fifth of the run:
+
+    python -m experiments.learning_rates --sweep=experiments/sweeps/passkey.py --workdir=runs/learning_rates
 
 What decides how far Mamba reaches (the log of WORKSPACE.md has the trials): first step sizes that differ by orders of
 magnitude between channels (dt_min, dt_max), so that some hardly forget; and between tokens (dt_scale), so that some
 write the needle and pass over the filler. A convolution of eight taps sees a whole key at once.
 """
 
+from typing import Any
+
+import lcr
 from ml_collections import ConfigDict
 
 from lcr.mixers.interface import unknown_name
 from lcr.training.config import default_config
 
-VARIANTS = ("mamba", "retnet", "mha", "gqa", "mqa", "long")
-
 MAMBA = {"state_size": 8, "conv_width": 8, "dt_min": 1e-6, "dt_max": 1e-1, "dt_floor": 1e-6, "dt_scale": 6.0}
+
+# name: (learning rate, d_ff, options of the mixers)
+ARCHITECTURES: dict[str, tuple[float, int, dict[str, Any]]] = {
+    "mha": (6e-3, 72, {}),
+    "gqa": (6e-3, 96, {}),
+    "mqa": (6e-3, 104, {}),
+    "mla": (6e-3, 72, {}),
+    "infini": (6e-3, 72, {"infini": {"segment_length": 64}}),
+    "retnet": (6e-3, 0, {"retnet": {"value_factor": 1.75}}),
+    "mamba": (6e-3, 0, {"mamba": MAMBA}),
+    "mamba2": (6e-3, 0, {"mamba2": {"state_size": 32}}),
+    "gla": (6e-3, 64, {}),
+    "deltanet": (6e-3, 64, {}),
+    "gated_deltanet": (6e-3, 8, {"gated_deltanet": {"expand_v": 1.5}}),
+    "rwkv4": (6e-3, 72, {}),
+    "rwkv6": (6e-3, 0, {"rwkv6": {"mix_rank": 8, "decay_rank": 32}}),
+    "rwkv7": (6e-3, 0, {"rwkv7": {"value_rank": 16, "gate_rank": 16}}),
+    "samba": (6e-3, 40, {"mamba": MAMBA, "mha": {"window": 128}}),
+    "jamba": (6e-3, 16, {"mamba": MAMBA}),
+}
+VARIANTS = (*ARCHITECTURES, "long")
 
 
 def get_config(variant: str = "mamba") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(unknown_name("variant", variant, VARIANTS))
+    learning_rate, d_ff, options = ARCHITECTURES["mamba" if variant == "long" else variant]
     config = default_config()
     config.name = variant
-    mixer = "mamba" if variant == "long" else variant
-    config.model.mixers = (mixer, mixer)
-    config.model.d_ff = 0
-    if mixer == "mamba":
-        config.model.mixer_options = {"mamba": dict(MAMBA)}
+    config.model.mixers = (variant, variant)
+    config.model.d_ff = d_ff
+    with config.unlocked():
+        config.model.mixer_options = {name: dict(chosen) for name, chosen in options.items()}
+    if variant == "samba":
+        config.model.mixers = ("mamba", "mha")
+    if variant == "jamba":
+        config.model.d_model = 32
+        layout = lcr.hybrid("jamba", num_layers=8)
+        config.model.mixers = layout["mixers"]
+        with config.ignore_type():
+            config.model.feed_forward = layout["feed_forward"]
+        with config.unlocked():
+            config.model.mixer_options.update({"gqa": layout["mixer_options"]["gqa"]})
+            config.model.feed_forward_options = {"moe": {"num_experts": 4, "top_k": 2, "d_expert": 8}}
     config.data.lengths = (72, 256)
     config.data.batch_tokens = 4096
-    config.optimizer.learning_rate = 6e-3
+    config.optimizer.learning_rate = learning_rate
     config.optimizer.weight_decay = 0.01
     config.training.steps = 650
     config.training.checkpoint_every = 325
-    config.evaluation.lengths = (256, 1024, 4096, 16_384, 1_048_576)
+    config.evaluation.lengths = (256, 1024, 4096, 16_384, 65_536, 1_048_576)
     config.evaluation.batch = 20
     config.evaluation.piece = 1024
-    config.evaluation.max_tokens = 5_242_880  # at a million tokens: one prompt for each depth
+    config.evaluation.max_tokens = 1_310_720  # at 65,536 tokens four prompts for each depth, at a million one
     if variant == "long":
+        config.model.mixers = ("mamba", "mamba")
         config.data.curriculum = ((650, (128, 512, 1024)),)
         config.training.steps = 3000
         config.training.checkpoint_every = 500
         config.evaluation.lengths = (1024, 4096, 16_384, 65_536, 1_048_576)
+        config.evaluation.max_tokens = 5_242_880
     return config

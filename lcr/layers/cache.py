@@ -4,6 +4,7 @@ The token at position p of its document lies in slot p % S of every array of the
 written are zero. `position` is the state's counter before the call, `segments` what the call's ids said.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -43,13 +44,54 @@ def slot_positions(position: Int[Array, "B"], slots: int) -> tuple[Int[Array, "B
 
 def attend_slots(
     q: Float[Array, "B 1 H K"], keys: Float[Array, "B S G K"], values: Float[Array, "B S G V"],
-    segments: Segments, **options: Any,
+    segments: Segments, attend: Callable = attention, **options: Any,
 ) -> Float[Array, "B 1 H V"]:  # fmt: skip
-    """One new token, already in its slot: it sees every slot written, and no copy of the cache is made."""
-    _, written = slot_positions(segments.position, keys.shape[1])
+    """One new token, already in its slot: it sees every slot written, and no copy of the cache is made.
+
+    attend: the op that computes it, of the signature of `attention`; here and below it is given documents as they
+        are (`kv_segment_ids` too) and positions that count the row's real tokens, the first of the call being 0.
+    """
+    positions, written = slot_positions(segments.position, keys.shape[1])
     valid = jnp.ones(q.shape[:2], bool) if segments.ids is None else segments.ids != 0
-    ids, slot_ids = valid.astype(jnp.int32), written.astype(jnp.int32)
-    return attention(q, keys, values, causal=False, segment_ids=ids, kv_segment_ids=slot_ids, **options)
+    return attend(
+        q,
+        keys,
+        values,
+        causal=False,
+        segment_ids=valid.astype(jnp.int32),
+        kv_segment_ids=written.astype(jnp.int32),
+        q_positions=jnp.zeros(q.shape[:2], jnp.int32),
+        kv_positions=positions - (segments.position[:, None] - 1),
+        **options,
+    )
+
+
+def attend_new(
+    q: Float[Array, "B T H K"], keys: Float[Array, "B T G K"], values: Float[Array, "B T G V"],
+    segments: Segments, attend: Callable = attention, **options: Any,
+) -> Float[Array, "B T H V"]:  # fmt: skip
+    """The tokens of a call that begins with an empty cache, which see one another alone."""
+    ids, steps = _documents(segments), _steps(segments)
+    return attend(
+        q, keys, values, segment_ids=ids, kv_segment_ids=ids, q_positions=steps, kv_positions=steps, **options
+    )
+
+
+def _documents(segments: Segments) -> Int[Array, "B T"]:
+    """Documents of the call numbered from 1 (the one that may go on with the state's); 0 for padding."""
+    if segments.ids is None:
+        return jnp.ones(segments.positions.shape, jnp.int32)
+    document, valid = document_index(segments.ids)
+    return jnp.where(valid, document + 1, 0)
+
+
+def _steps(segments: Segments) -> Int[Array, "B T"]:
+    """How many real tokens of the row stand before each in the call: distances within a document, without large
+    numbers and without a start again at each document."""
+    if segments.ids is None:
+        steps = jnp.arange(segments.positions.shape[1], dtype=jnp.int32)[None, :]
+        return jnp.broadcast_to(steps, segments.positions.shape)
+    return jnp.cumsum(segments.ids != 0, axis=1, dtype=jnp.int32) - 1
 
 
 def attend_slots_and_new(
@@ -59,26 +101,24 @@ def attend_slots_and_new(
     position: Int[Array, "B"],
     segments: Segments,
     window: int | None = None,
+    attend: Callable = attention,
     **options: Any,
 ) -> Float[Array, "B T H V"]:
     """Several new tokens after those of the cache, which are of document 1 if the first new ones go on with it."""
     slots = cache[0].shape[1]
     positions, written = slot_positions(position, slots)
-    if segments.ids is None:
-        ids = jnp.ones(q.shape[:2], jnp.int32)
-    else:
-        document, valid = document_index(segments.ids)
-        ids = jnp.where(valid, document + 1, 0)
+    ids, steps = _documents(segments), _steps(segments)
+    if segments.continues is not None:
         written &= segments.continues[:, None]
     keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(cache, new, strict=True))
-    return attention(
+    return attend(
         q,
         keys,
         values,
         window=slots if window is None else min(window, slots),
         segment_ids=ids,
         kv_segment_ids=jnp.concatenate([written.astype(jnp.int32), ids], axis=1),
-        q_positions=segments.positions,
-        kv_positions=jnp.concatenate([positions, segments.positions], axis=1),
+        q_positions=steps,
+        kv_positions=jnp.concatenate([positions - position[:, None], steps], axis=1),
         **options,
     )

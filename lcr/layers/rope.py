@@ -2,25 +2,33 @@
 
 Channel pair i of a query or key at position p is turned by the angle `p * inverse_frequencies[i]`, so that the
 product of a query and a key depends on the distance between them alone. What the members of the family (linear
-and NTK scaling, YaRN, Llama 3, RetNet's rotation) differ in is the frequencies: give `rotate` other ones.
+and NTK scaling, YaRN, Llama 3, RetNet's rotation) differ in is the frequencies: see `rope_scaling`, or give `rotate`
+other ones.
 """
 
 import jax.numpy as jnp
 import numpy as np
 
+from lcr.layers.rope_scaling import RopeScaling
+from lcr.layers.rope_scaling import rope_frequencies as rope_frequencies
 from lcr.typing import Array, Float, Int
 
 
-def rope_frequencies(width: int, base: float = 10_000.0) -> np.ndarray:
-    """`base ** (-2 i / width)` for i in 0 .. width/2 - 1 (section 3.3.2), in radians per token; float64."""
-    return np.float64(base) ** (-np.arange(0, width, 2, dtype=np.float64) / width)
-
-
 def apply_rope(
-    x: Float[Array, "B T H K"], positions: Int[Array, "B T"], *, base: float = 10_000.0, interleaved: bool = False
+    x: Float[Array, "B T H K"],
+    positions: Int[Array, "B T"],
+    *,
+    base: float = 10_000.0,
+    scaling: RopeScaling = RopeScaling(),
+    length: int | None = None,
+    interleaved: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """RoPE with the frequencies of the paper; see `rotate`."""
-    return rotate(x, positions, rope_frequencies(x.shape[-1], base), interleaved=interleaved)
+    """RoPE with the frequencies of the paper, or with scaled ones; see `rotate`.
+
+    length: how many tokens attention is to reach over, for a scaling that depends on it; None: those of `x`.
+    """
+    frequencies = scaling.frequencies(x.shape[-1], base, x.shape[1] if length is None else length)
+    return rotate(x, positions, frequencies, magnitude=scaling.magnitude, interleaved=interleaved)
 
 
 def rotate(
@@ -28,11 +36,12 @@ def rotate(
     positions: Int[Array, "B T"],
     inverse_frequencies: np.ndarray,
     *,
+    magnitude: float = 1.0,
     interleaved: bool = False,
 ) -> Float[Array, "B T H K"]:
     """Turns pair i of the channels of `x` by `positions * inverse_frequencies[i]`.
 
-        (a, b) -> (a cos - b sin, b cos + a sin)
+        (a, b) -> magnitude (a cos - b sin, b cos + a sin)
 
     x: any float dtype; the rotation is computed in float32 (float64 for float64) and cast back.
     positions: any int32, negative ones too; angles are right to 1e-6 at every one of them.
@@ -50,7 +59,7 @@ def rotate(
         )
     result_dtype, dtype = x.dtype, np.promote_types(x.dtype, np.float32)
     angle = _angles(positions, np.asarray(inverse_frequencies, np.float64), dtype)[:, :, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = magnitude * jnp.cos(angle), magnitude * jnp.sin(angle)
     x = x.astype(dtype)
     if interleaved:
         pairs = x.reshape(*x.shape[:-1], width // 2, 2)

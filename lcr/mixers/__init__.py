@@ -9,6 +9,7 @@ from lcr.mixers.attention import AttentionConfig, GQAConfig, MHAConfig, MQAConfi
 from lcr.mixers.deltanet import DeltaNetConfig
 from lcr.mixers.gated_deltanet import GatedDeltaNetConfig
 from lcr.mixers.gla import GLAConfig
+from lcr.mixers.infini import InfiniConfig
 from lcr.mixers.interface import Mixer as Mixer
 from lcr.mixers.interface import MixerConfig as MixerConfig
 from lcr.mixers.interface import check_whole, unknown_name
@@ -17,6 +18,8 @@ from lcr.mixers.mamba import MambaConfig
 from lcr.mixers.mamba2 import Mamba2Config
 from lcr.mixers.mla import MLAConfig
 from lcr.mixers.retnet import RetNetConfig
+from lcr.mixers.rglru import RGLRUConfig
+from lcr.mixers.rwkv4 import RWKV4Config
 from lcr.mixers.rwkv6 import RWKV6Config
 from lcr.mixers.rwkv7 import RWKV7Config
 
@@ -26,14 +29,17 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "mqa": MQAConfig,
     "gqa": GQAConfig,
     "mla": MLAConfig,
+    "infini": InfiniConfig,
     "retnet": RetNetConfig,
     "mamba": MambaConfig,
     "mamba2": Mamba2Config,
     "gla": GLAConfig,
     "deltanet": DeltaNetConfig,
     "gated_deltanet": GatedDeltaNetConfig,
+    "rwkv4": RWKV4Config,
     "rwkv6": RWKV6Config,
     "rwkv7": RWKV7Config,
+    "rglru": RGLRUConfig,
 }
 
 

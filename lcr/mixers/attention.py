@@ -1,19 +1,28 @@
-"""Softmax attention with a key-value cache: MHA, MQA and GQA, with rotary positions and a sliding window."""
+"""Softmax attention with a key-value cache: MHA, MQA and GQA, with relative positions and a sliding window."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
-from pallas_kernels.attention.api import IMPLEMENTATIONS, attention
+from pallas_kernels.attention.api import IMPLEMENTATIONS
 
-from lcr.layers.cache import append, attend_slots, attend_slots_and_new
+from lcr.layers.alibi import alibi_slopes
+from lcr.layers.cache import append, attend_new, attend_slots, attend_slots_and_new
 from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import apply_rope
+from lcr.layers.rope_scaling import freeze_rope_scaling, read_rope_scaling
 from lcr.layers.segments import read_segments
+from lcr.layers.xpos import xpos_attention
 from lcr.mixers.interface import check_call, check_choice, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
+
+
+ROTARY = ("rope", "xpos")
+POSITIONS = (*ROTARY, "alibi", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +33,10 @@ class AttentionConfig:
         d_model, and by default heads are as wide (16 to 128) as leaves at least four of them where that is possible.
     num_kv_heads: G, a divisor of H; None: H.
     window: a token sees so many tokens of its document, itself among them; None: all before it.
-    positions: "rope" or "none". rope_base: base of RoPE's wavelengths.
+    positions: "rope" (rotary, arXiv 2104.09864); "xpos" (rotary, with products that shrink with the distance, arXiv
+        2212.10554); "alibi" (scores less a multiple of the distance, arXiv 2108.12409); or "none".
+    rope_base: base of the wavelengths of "rope" and "xpos".
+    rope_scaling: how these are scaled to longer contexts: a mapping as `lcr.layers.rope_scaling` describes it, or None.
     qk_norm: RMS norm with a learned scale over the channels of each query and key head, before RoPE.
     soft_cap: scores become soft_cap tanh(score / soft_cap).
     dtype: of the compute; parameters are float32. implementation: of `pallas_kernels.attention`.
@@ -36,6 +48,7 @@ class AttentionConfig:
     window: int | None = None
     positions: str = "rope"
     rope_base: float = 10_000.0
+    rope_scaling: Mapping[str, Any] | None = None
     qk_norm: bool = False
     soft_cap: float | None = None
     dtype: Any = jnp.float32
@@ -47,7 +60,13 @@ class AttentionConfig:
             (check_positive, ("rope_base", "soft_cap")),
         ):
             check(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
-        check_choice("positions", self.positions, ("rope", "none"))
+        check_choice("positions", self.positions, POSITIONS)
+        object.__setattr__(self, "rope_scaling", freeze_rope_scaling(self.rope_scaling))
+        if self.rope_scaling is not None and self.positions not in ROTARY:
+            raise ValueError(
+                f"rope_scaling={dict(self.rope_scaling)!r} beside positions={self.positions!r}, which turn nothing: "
+                "expected None, or positions 'rope' or 'xpos'"
+            )
         check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
 
     def head_sizes(self, d_model: int) -> tuple[int, int, int]:
@@ -63,8 +82,10 @@ class AttentionConfig:
         if heads % kv_heads:
             divisors = [n for n in range(1, heads + 1) if heads % n == 0]
             raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={heads}: expected one of {divisors}")
-        if self.positions == "rope" and width % 2:
-            raise ValueError(f"head_dim={width}: RoPE turns pairs of channels; expected an even one, or no positions")
+        if self.positions in ROTARY and width % 2:
+            raise ValueError(
+                f"head_dim={width}: {self.positions} turns pairs of channels; expected an even one, or no positions"
+            )
         return heads, kv_heads, width
 
     def default_kv_heads(self, num_heads: int) -> int:
@@ -144,6 +165,7 @@ class KVCache:
 
 class Attention(nnx.Module):
     """q, k, v = x W_q, x W_k, x W_v; o = attention(rope(norm(q)), rope(norm(k)), v); out = o W_o.
+    (xPos and ALiBi: `lcr.layers.xpos`, `lcr.layers.alibi`.)
 
     Positions count the real tokens of a document. A call sees at most as many tokens as its state holds: past its
     capacity S a cache is a sliding window of S, and then a sequence fed whole to that state gives what it gives
@@ -155,6 +177,7 @@ class Attention(nnx.Module):
         check_whole(d_model=d_model)
         self.config = config
         self.heads, self.kv_heads, self.head_dim = config.head_sizes(d_model)
+        self.rope_scaling = read_rope_scaling(config.rope_scaling)
 
         def linear(inputs, outputs):
             return nnx.Linear(
@@ -188,27 +211,27 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
         before = self.init_state(batch, length) if state is None else state
         segments = read_segments(segment_ids, before.segment_id, before.position, length)
-        q, k, v = self._project(x, segments.positions)
+        q, k, v = self._project(x, segments.positions, slots=before.keys.shape[1])
         k, v = k.astype(before.keys.dtype), v.astype(before.values.dtype)
         cache = before.keys, before.values
         keys, values = append(cache, (k, v), segments)
         options = {"soft_cap": self.config.soft_cap, "implementation": self.config.implementation}
+        if self.config.positions == "alibi":
+            options["alibi_slopes"] = jnp.asarray(alibi_slopes(self.heads), np.promote_types(q.dtype, np.float32))
+        elif self.config.positions == "xpos":
+            options["attend"] = xpos_attention
         if length == 1:
             # Without the barrier XLA fuses the write into each of its readers, each with a copy of the whole cache.
             keys, values = jax.lax.optimization_barrier((keys, values))
             o = attend_slots(q, keys, values, segments, **options)
         elif state is None:
-            positions = None if segments.ids is None else segments.positions
-            o = attention(
-                q, k, v, segment_ids=segments.ids, q_positions=positions, kv_positions=positions,
-                window=self.config.window, **options,
-            )  # fmt: skip
+            o = attend_new(q, k, v, segments, window=self.config.window, **options)
         else:
             o = attend_slots_and_new(q, cache, (k, v), before.position, segments, self.config.window, **options)
         after = KVCache(keys=keys, values=values, segment_id=segments.segment_id, position=segments.position)
         return self.out(o.reshape(batch, length, -1)), after
 
-    def _project(self, x, positions):
+    def _project(self, x, positions, slots):
         """Queries, keys and values by head, `[B, T, H or G, K]`, normed and turned."""
 
         def split(y):
@@ -217,6 +240,7 @@ class Attention(nnx.Module):
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        if self.config.positions == "rope":
-            q, k = (apply_rope(y, positions, base=self.config.rope_base) for y in (q, k))
+        if self.config.positions in ROTARY:
+            options = {"base": self.config.rope_base, "scaling": self.rope_scaling, "length": slots}
+            q, k = (apply_rope(y, positions, **options) for y in (q, k))
         return q, k, v

@@ -1,16 +1,18 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from pallas_kernels.attention.api import IMPLEMENTATIONS, attention
+from pallas_kernels.attention.api import IMPLEMENTATIONS
 
-from lcr.layers.cache import append, attend_slots, attend_slots_and_new
+from lcr.layers.cache import append, attend_new, attend_slots, attend_slots_and_new
 from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import apply_rope
+from lcr.layers.rope_scaling import freeze_rope_scaling, read_rope_scaling
 from lcr.layers.segments import read_segments
 from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Int, Leaf, SegmentIds
@@ -26,8 +28,10 @@ class MLAConfig:
     kv_lora_rank: width of the latent; None: twice a head's width.
     q_lora_rank: rank of the queries' projection; None: full.
     rope_base: base of RoPE's wavelengths; pairs are neighbouring channels, as in the authors' code.
+    rope_scaling: how RoPE is scaled to longer contexts: a mapping as `lcr.layers.rope_scaling` describes it, or None.
     norm_epsilon: of the norms of the latents.
-    scale: of the scores; None: (nope_head_dim + rope_head_dim)^-0.5.
+    scale: of the scores; None: (nope_head_dim + rope_head_dim)^-0.5, for YaRN with `mscale_all_dim` multiplied by
+        mscale(factor, mscale_all_dim)^2.
     dtype: of the compute; parameters are float32. implementation: of `pallas_kernels.attention`.
     """
 
@@ -38,6 +42,7 @@ class MLAConfig:
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
     rope_base: float = 10_000.0
+    rope_scaling: Mapping[str, Any] | None = None
     norm_epsilon: float = 1e-6
     scale: float | None = None
     dtype: Any = jnp.float32
@@ -47,6 +52,7 @@ class MLAConfig:
         check_positive(rope_base=self.rope_base, norm_epsilon=self.norm_epsilon)
         if self.scale is not None:
             check_positive(scale=self.scale)
+        object.__setattr__(self, "rope_scaling", freeze_rope_scaling(self.rope_scaling))
         for name in (
             "num_heads", "nope_head_dim", "rope_head_dim", "value_head_dim", "kv_lora_rank", "q_lora_rank"
         ):  # fmt: skip
@@ -108,7 +114,10 @@ class MLA(nnx.Module):
         self.config = config = config.sized(d_model)
         heads, rank = config.num_heads, config.kv_lora_rank
         key_width = config.nope_head_dim + config.rope_head_dim
-        self.scale = key_width**-0.5 if config.scale is None else config.scale
+        self.rope_scaling = read_rope_scaling(config.rope_scaling)
+        self.scale = config.scale
+        if self.scale is None:
+            self.scale = key_width**-0.5 * self.rope_scaling.softmax_factor
 
         def linear(inputs, outputs):
             return nnx.Linear(
@@ -148,17 +157,14 @@ class MLA(nnx.Module):
         batch, length, _ = x.shape
         before = self.init_state(batch, length) if state is None else state
         segments = read_segments(segment_ids, before.segment_id, before.position, length)
-        q_nope, q_rope = self._queries(x, segments.positions)
-        latent = self._latents(x, segments.positions).astype(before.latent.dtype)
+        slots = before.latent.shape[1]
+        q_nope, q_rope = self._queries(x, segments.positions, slots)
+        latent = self._latents(x, segments.positions, slots).astype(before.latent.dtype)
         (cached,) = append((before.latent,), (latent,), segments)
         options = {"scale": self.scale, "implementation": self.config.implementation}
         if state is None:
-            positions = None if segments.ids is None else segments.positions
-            keys, values = self._expand(latent)
-            o = attention(
-                jnp.concatenate([q_nope, q_rope], axis=-1), keys, values,
-                segment_ids=segments.ids, q_positions=positions, kv_positions=positions, **options,
-            )  # fmt: skip
+            q = jnp.concatenate([q_nope, q_rope], axis=-1)
+            o = attend_new(q, *self._expand(latent), segments, **options)
         else:
             q = jnp.concatenate([self._product("bthk,rhk->bthr", q_nope, self.key_up), q_rope], axis=-1)
             if length == 1:
@@ -171,18 +177,22 @@ class MLA(nnx.Module):
         after = LatentCache(latent=cached, segment_id=segments.segment_id, position=segments.position)
         return self.out(o.reshape(batch, length, -1)), after
 
-    def _queries(self, x: Activations, positions: Int[Array, "B T"]):
+    def _turn(self, x: Float[Array, "B T H K"], positions: Int[Array, "B T"], slots: int) -> Float[Array, "B T H K"]:
+        options = {"base": self.config.rope_base, "scaling": self.rope_scaling, "length": slots}
+        return apply_rope(x, positions, **options, interleaved=True)
+
+    def _queries(self, x: Activations, positions: Int[Array, "B T"], slots: int):
         config = self.config
         if config.q_lora_rank is not None:
             x = self.query_norm(self.query_down(x))
         q = self.query(x).reshape(*x.shape[:2], config.num_heads, -1)
         nope, rope = jnp.split(q, [config.nope_head_dim], axis=-1)
-        return nope, apply_rope(rope, positions, base=config.rope_base, interleaved=True)
+        return nope, self._turn(rope, positions, slots)
 
-    def _latents(self, x: Activations, positions: Int[Array, "B T"]) -> Float[Array, "B T R"]:
+    def _latents(self, x: Activations, positions: Int[Array, "B T"], slots: int) -> Float[Array, "B T R"]:
         config = self.config
         latent, rope = jnp.split(self.kv_down(x), [config.kv_lora_rank], axis=-1)
-        rope = apply_rope(rope[:, :, None], positions, base=config.rope_base, interleaved=True)[:, :, 0]
+        rope = self._turn(rope[:, :, None], positions, slots)[:, :, 0]
         return jnp.concatenate([self.kv_norm(latent), rope], axis=-1)
 
     def _expand(self, latent: Float[Array, "B T R"]):

@@ -59,9 +59,31 @@ def samba(num_layers: int, *, window: int = 2048) -> dict[str, Any]:
     }
 
 
+def griffin(num_layers: int, *, window: int = 1024) -> dict[str, Any]:
+    """Griffin (arXiv 2402.19427, section 2): two recurrent blocks, then multi-query attention in a sliding window.
+
+    Layer i is attention where i mod 3 = 2, and has RoPE. The depth need not be a multiple of 3, but must reach an
+    attention layer; multiples of 3 are stacked. Each layer's feed-forward is a SwiGLU; the paper's gate is a GeLU.
+
+    Raises: ValueError for fewer than 3 layers.
+    """
+    check_whole(window=window)
+    if num_layers < 3:
+        raise ValueError(
+            f"num_layers={num_layers}: griffin's first attention layer is the third; expected at least 3, better a "
+            "multiple of 3"
+        )
+    return {
+        "mixers": tuple("mqa" if i % 3 == 2 else "rglru" for i in range(num_layers)),
+        "mixer_options": {"mqa": {"window": window, "positions": "rope"}},
+        "feed_forward": "swiglu",
+    }
+
+
 HYBRIDS: dict[str, Callable[..., dict[str, Any]]] = {
     "jamba": jamba,
     "samba": samba,
+    "griffin": griffin,
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -21,6 +22,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    alibi_slopes: Float[Array, "H"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
     q_positions: Int[Array, "B T"] | Int[Array, "T"] | None = None,
@@ -30,6 +32,7 @@ def attention(
     """Softmax attention (arXiv 1706.03762, equation 1) of H query heads over G key-value heads (arXiv 2305.13245).
 
         s[t, h, s'] = scale q[t, h] . k[s', h // (H / G)]        then soft_cap tanh(s / soft_cap), if a cap is given
+                      - alibi_slopes[h] (query position - key position)          if slopes are given
         o[t, h]     = sum over the keys s' that t sees of softmax(s)[s'] v[s', h // (H / G)]
 
     A query sees a key of its own document whose distance, query position - key position, is not below 0 (if
@@ -38,6 +41,7 @@ def attention(
 
     q, k, v: any float dtypes; k and v have one. Scores, softmax and sums are in float32 (float64 for float64).
     scale: None is K ** -0.5.
+    alibi_slopes: float `[H]` of any sign: ALiBi (arXiv 2108.12409, section 3). Constants: no gradient flows to them.
     segment_ids: None: one document without padding. Without `kv_segment_ids` (then S must be T, and keys and
         queries are the same tokens) they are read as in `pallas_kernels.segments`: 0 is padding, and an id that
         comes back after another one is a new document, so 1, 2, 1 are three documents.
@@ -52,7 +56,9 @@ def attention(
     Raises: ValueError for shapes or dtypes that do not agree, heads that do not divide, options that are not
     positive, and an unknown implementation.
     """
-    check_arguments(q, k, v, window, scale, soft_cap, segment_ids, kv_segment_ids, q_positions, kv_positions)
+    check_arguments(
+        q, k, v, window, scale, soft_cap, segment_ids, kv_segment_ids, q_positions, kv_positions, alibi_slopes
+    )
     batch, length, kv_length = q.shape[0], q.shape[1], k.shape[1]
     run = choose("attention", IMPLEMENTATIONS, implementation, default="chunked")
     if segment_ids is None:
@@ -76,12 +82,13 @@ def attention(
         window=window,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
+        alibi_slopes=None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes),
     )
 
 
 def check_arguments(
     q, k, v, window=None, scale=None, soft_cap=None, segment_ids=None, kv_segment_ids=None,
-    q_positions=None, kv_positions=None,
+    q_positions=None, kv_positions=None, alibi_slopes=None,
 ) -> None:  # fmt: skip
     """Raises the ValueErrors of `attention`."""
     for name, array in (("q", q), ("k", k), ("v", v)):
@@ -104,6 +111,11 @@ def check_arguments(
             raise ValueError(f"{name}={number!r}: expected a number above 0, or None")
     if window is not None and window != int(window):
         raise ValueError(f"window={window!r}: expected a whole number of tokens")
+    if alibi_slopes is not None:
+        if not jnp.issubdtype(alibi_slopes.dtype, jnp.floating):
+            raise ValueError(f"alibi_slopes: dtype {alibi_slopes.dtype}; expected a float dtype")
+        if alibi_slopes.shape != (heads,):
+            raise ValueError(f"alibi_slopes: shape {alibi_slopes.shape}; expected ({heads},), one for each head of q")
 
     if segment_ids is None and kv_segment_ids is not None:
         raise ValueError("segment_ids=None with kv_segment_ids given; expected the ids of the queries too")

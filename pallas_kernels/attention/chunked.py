@@ -33,15 +33,17 @@ def attend(
     window: int | None,
     scale: float,
     soft_cap: float | None,
+    alibi_slopes: Float[Array, "H"] | None,
 ) -> Float[Array, "B T H V"]:
     """See `api.attention`. Differentiable once, in reverse, in q, k and v."""
     band, index = tiles.Band(causal, window), tiles.Index(documents, kv_documents, positions, kv_positions)
+    slopes = None if alibi_slopes is None else alibi_slopes.astype(_arithmetic(q)[0])
     if q.shape[1] == 1:
-        return _single_query(q, k, v, tiles.visible(index, band)[:, 0], scale, soft_cap)
-    return _tiled(band, scale, soft_cap, q, k, v, index)
+        return _single_query(q, k, v, index, band, slopes, scale, soft_cap)
+    return _tiled(band, scale, soft_cap, q, k, v, index, slopes)
 
 
-def _single_query(q, k, v, seen, scale, soft_cap):
+def _single_query(q, k, v, index, band, slopes, scale, soft_cap):
     """One query per row (decoding): the scores of a row fit, so one pass over the cache and no tiles.
 
     Every head is multiplied with the keys of all G heads, the others' with zeros: G times the arithmetic, yet the
@@ -57,7 +59,10 @@ def _single_query(q, k, v, seen, scale, soft_cap):
     scores = jnp.einsum("bsc,bch->bsh", keys, spread, precision=precision)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    weights = jax.nn.softmax(scores, axis=1, where=seen[:, :, None])
+    if slopes is not None:
+        distance = (index.positions - index.kv_positions).astype(dtype)
+        scores -= slopes[None, None, :] * distance[:, :, None]
+    weights = jax.nn.softmax(scores, axis=1, where=tiles.visible(index, band)[:, 0, :, None])
     values = v.reshape(batch, kv_length, -1).astype(dtype)
     out = jnp.einsum("bsh,bsc->bhc", weights, values, precision=precision)
     out = out.reshape(batch, kv_heads, heads // kv_heads, kv_heads, v.shape[3])
@@ -65,30 +70,32 @@ def _single_query(q, k, v, seen, scale, soft_cap):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _tiled(band, scale, soft_cap, q, k, v, index):
-    return _forward(band, scale, soft_cap, q, k, v, index)[0]
+def _tiled(band, scale, soft_cap, q, k, v, index, slopes):
+    return _forward(band, scale, soft_cap, q, k, v, index, slopes)[0]
 
 
-def _forward(band, scale, soft_cap, q, k, v, index):
+def _forward(band, scale, soft_cap, q, k, v, index, slopes):
     """Returns the output and what the backward needs: the inputs, the output and each row's log-sum-exp."""
     grid = _grid(q, k, band)
+    by_group = None if slopes is None else slopes.reshape(k.shape[2], -1)
 
     def row(args):
         tile_index, blocks = args
         order = tiles.schedule(tile_index, band, by_query=True)
 
-        def head(blocks):
-            return _forward_head(band, scale, soft_cap, tile_index, order, *blocks)
+        def head(args):
+            slopes, blocks = args
+            return _forward_head(band, scale, soft_cap, tile_index, slopes, order, *blocks)
 
-        return jax.lax.map(head, blocks)
+        return jax.lax.map(head, (by_group, blocks))
 
     blocks = grid.cut_queries(q), grid.cut_keys(k), grid.cut_keys(v)
     out, logsumexp = jax.lax.map(row, (grid.cut_index(index), blocks))
     o = grid.join_queries(out).astype(q.dtype)
-    return o, (q, k, v, index, o, logsumexp)
+    return o, (q, k, v, index, slopes, o, logsumexp)
 
 
-def _forward_head(band, scale, soft_cap, index, order, queries, keys, values):
+def _forward_head(band, scale, soft_cap, index, slopes, order, queries, keys, values):
     """All query tiles of one key-value head: queries [tiles, rows, K], keys [tiles, C, K], values [tiles, C, V]."""
     dtype, precision = _arithmetic(queries)
     rows = queries.shape[1]
@@ -101,6 +108,8 @@ def _forward_head(band, scale, soft_cap, index, order, queries, keys, values):
             j = listed.tiles[n]
             peak, total, out = carry
             scores, _ = _scores(q, keys[j].astype(dtype), soft_cap, precision)
+            if slopes is not None:
+                scores -= tiles.tile_bias(index, i, j, slopes)
             if masked:
                 scores = jnp.where(tiles.tile_mask(index, i, j, rows, band), scores, -jnp.inf)
             new_peak = jnp.maximum(peak, scores.max(axis=1))
@@ -120,8 +129,9 @@ def _forward_head(band, scale, soft_cap, index, order, queries, keys, values):
 
 
 def _backward(band, scale, soft_cap, residuals, cotangent):
-    q, k, v, index, o, logsumexp = residuals
+    q, k, v, index, slopes, o, logsumexp = residuals
     grid = _grid(q, k, band)
+    by_group = None if slopes is None else slopes.reshape(k.shape[2], -1)
     dtype = _arithmetic(q)[0]
     product = jnp.sum(o.astype(dtype) * cotangent.astype(dtype), axis=-1, keepdims=True)
 
@@ -129,20 +139,22 @@ def _backward(band, scale, soft_cap, residuals, cotangent):
         tile_index, blocks = args
         order = tiles.schedule(tile_index, band, by_query=False)
 
-        def head(blocks):
-            return _backward_head(band, scale, soft_cap, tile_index, order, *blocks)
+        def head(args):
+            slopes, blocks = args
+            return _backward_head(band, scale, soft_cap, tile_index, slopes, order, *blocks)
 
-        return jax.lax.map(head, blocks)
+        return jax.lax.map(head, (by_group, blocks))
 
     blocks = grid.cut_queries(q), grid.cut_keys(k), grid.cut_keys(v)
     blocks += grid.cut_queries(cotangent), logsumexp, grid.cut_queries(product)[..., 0]
     dq, dk, dv = jax.lax.map(row, (grid.cut_index(index), blocks))
     dq = (grid.join_queries(dq) * scale).astype(q.dtype)
     dk, dv = grid.join_keys(dk).astype(k.dtype), grid.join_keys(dv).astype(v.dtype)
-    return dq, dk, dv, jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), index)
+    dindex = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), index)
+    return dq, dk, dv, dindex, jax.tree.map(jnp.zeros_like, slopes)
 
 
-def _backward_head(band, scale, soft_cap, index, order, queries, keys, values, cotangents, logsumexp, products):
+def _backward_head(band, scale, soft_cap, index, slopes, order, queries, keys, values, cotangents, logsumexp, products):
     """One pass over the key tiles: each gathers its own dk, dv, and adds its part to dq, which is carried.
 
     Scores are [keys, rows] and dq is [tiles, K, rows] here: then no product contracts two leading axes, which on a
@@ -160,12 +172,14 @@ def _backward_head(band, scale, soft_cap, index, order, queries, keys, values, c
             i = listed.tiles[n]
             dq, dk, dv = carry
             q, do = queries[i].astype(dtype) * scale, cotangents[i].astype(dtype)
-            scores, slope = _scores(k, q, soft_cap, precision)
+            scores, bend = _scores(k, q, soft_cap, precision)
+            if slopes is not None:
+                scores -= tiles.tile_bias(index, i, j, slopes).T
             weights = jnp.exp(scores - logsumexp[i][None, :])
             if masked:
                 weights = jnp.where(tiles.tile_mask(index, i, j, rows, band).T, weights, 0)
             dweights = jax.lax.dot_general(v, do, (((1,), (1,)), ((), ())), precision=precision)
-            dscores = weights * (dweights - products[i][None, :]) * slope
+            dscores = weights * (dweights - products[i][None, :]) * bend
             return (
                 dq.at[i].add(jnp.dot(k_turned, dscores, precision=precision)),
                 dk + jnp.dot(dscores, q, precision=precision),
@@ -190,7 +204,7 @@ def _grid(q, k, band):
 
 
 def _scores(lines, columns, soft_cap, precision):
-    """Capped scores of one tile, and their slope in the scores before the cap."""
+    """Capped scores of one tile, and their derivative in the scores before the cap."""
     scores = jax.lax.dot_general(lines, columns, (((1,), (1,)), ((), ())), precision=precision)
     if soft_cap is None:
         return scores, 1

@@ -19,8 +19,12 @@ def attend(
     window: int | None,
     scale: float,
     soft_cap: float | None,
+    alibi_slopes: Float[Array, "H"] | None,
 ) -> Float[Array, "B T H V"]:
-    """`softmax(soft_cap(scale q k^T), over the keys that are seen) v`; 0 where no key is seen. See `api.attention`."""
+    """`softmax(soft_cap(scale q k^T) - slopes distance, over the keys that are seen) v`; 0 where no key is seen.
+
+    See `api.attention`.
+    """
     batch, length, heads, _ = q.shape
     dtype = np.promote_types(q.dtype, np.float32)
     groups = q.reshape(batch, length, k.shape[2], -1, q.shape[3]).astype(dtype)  # G groups of H / G heads
@@ -30,6 +34,9 @@ def attend(
         scores = soft_cap * jnp.tanh(scores / soft_cap)
 
     distance = positions[:, :, None] - kv_positions[:, None, :]
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.astype(dtype).reshape(1, k.shape[2], -1, 1, 1)
+        scores -= slopes * distance.astype(dtype)[:, None, None]
     seen = (documents[:, :, None] == kv_documents[:, None, :]) & (kv_documents[:, None, :] != 0)
     if causal:
         seen &= distance >= 0

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Carry = TypeVar("Carry")
 
@@ -70,6 +70,12 @@ def tile_mask(index: Index, i, j, rows: int, band: Band) -> Bool[Array, "rows ke
     seen = visible(of_tile, band)
     tokens, keys = seen.shape
     return jnp.broadcast_to(seen[:, None, :], (tokens, rows // tokens, keys)).reshape(rows, keys)
+
+
+def tile_bias(index: Index, i, j, slopes: Float[Array, "group"]) -> Float[Array, "rows keys"]:
+    """`slope x (query position - key position)` for query tile i and key tile j, with a line for each query head."""
+    distance = (index.positions[i][:, None] - index.kv_positions[j][None, :]).astype(slopes.dtype)
+    return (slopes[None, :, None] * distance[:, None, :]).reshape(-1, distance.shape[1])
 
 
 class _Summary(NamedTuple):

@@ -224,7 +224,7 @@ def rebuilt_model(weights, config, epsilon):
     """The decoder of a Hugging Face model with our mixer in it: `(x, states, ids) -> logits, states`."""
     width = weights["embedding"].shape[1]
     mixers = []
-    for i in range(3):
+    for i in range(sum(name.endswith(".input_layernorm") for name in weights)):
         mixer = config.make(width, rngs=nnx.Rngs(0))
         for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
             getattr(mixer, ours).kernel[...] = weights[f"{i}.self_attn.{theirs}"].T
@@ -275,3 +275,19 @@ def test_mistral_in_two_pieces():
     first, states = run(x[:, :34], states, ids[:, :34])
     second, _ = run(x[:, 34:], states, ids[:, 34:])
     assert_close(jnp.concatenate([first, second], axis=1)[0, 1:], weights["logits"], "float32 oracle")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "scaling"), [("llama_yarn", YARN), ("llama_llama3", LLAMA3)])
+def test_llama_with_scaled_rope(case, scaling):
+    weights = load(case)
+    config = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, rope_scaling=scaling)
+    run, _ = rebuilt_model(weights, config, epsilon=1e-5)
+    logits, _ = run(weights["embedding"][weights["tokens"]][None], [None] * 2, None)
+    assert_close(logits[0], weights["logits"], "float32 oracle")

@@ -27,7 +27,7 @@ def test_every_mixer_names_what_is_wrong(name):
     refused(mixer, rf"state: \(a .*\), expected a {type(own).__name__}", (own, own))
     refused(mixer, "state: of a batch of 2 rows, x has 3 rows", mixer.init_state(2, LENGTH))
     wider = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf], axis=-1) if leaf.ndim > 1 else leaf, own)
-    refused(mixer, r"state\.\w+: of shape \(3, .*expected \(3, .*other sizes or options", wider)
+    refused(mixer, r"state\.[\w.]+: of shape \(3, .*expected \(3, .*other sizes or options", wider)
     ids = jnp.ones((ROWS, LENGTH + 1), jnp.int32)
     refused(mixer, r"segment_ids: of shape \(3, 5\), expected \(3, 4\)", None, ids)
     refused(mixer, r"segment_ids: of shape \(3, 5\), expected \(3, 4\)", own, ids)

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from compiling import OPTIMIZED
 from flax import nnx
+from lcr.layers import compressive_memory
 from pallas_kernels.delta_rule import api as delta_rule_api
 from pallas_kernels.delta_rule import chunked as delta_rule_chunked
 from pallas_kernels.linear_attention import api as linear_attention_api
 from pallas_kernels.linear_attention import chunked as linear_attention_chunked
 from pallas_kernels.linear_attention import vector_decay
 from pallas_kernels.selective_scan import chunked as selective_scan_chunked
+from pallas_kernels.wkv import api as wkv_api
+from pallas_kernels.wkv import chunked as wkv_chunked
 from tolerances import assert_close
 
 BATCH, LENGTH, WIDTH = 3, 24, 32
@@ -27,7 +30,11 @@ CAPACITY = LENGTH  # so with what a state has read before, caches overflow in ro
 
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention, window 5, norm, cap": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
+    "mha, alibi": ("mha", {"positions": "alibi"}),
+    "mha, xpos": ("mha", {"positions": "xpos"}),
     "gqa, no positions": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
+    "infini, segments of 5": ("infini", {"segment_length": 5, "update": "delta"}),
+    "infini, linear update": ("infini", {"segment_length": 5, "update": "linear"}),
     "mamba, 9 states, 2 taps, inner norms": (
         "mamba", {"state_size": 9, "conv_width": 2, "inner_norm": "scaled", "dt_rank": 8}
     ),  # fmt: skip
@@ -155,7 +162,10 @@ def short_chunks():
         patch.setattr(vector_decay, "CHUNK", 8)
         patch.setattr(vector_decay, "BLOCK", 4)
         patch.setattr(delta_rule_chunked, "CHUNK", 8)
-        for api in (linear_attention_api, delta_rule_api):
+        patch.setattr(compressive_memory, "CHUNK", 8)
+        patch.setattr(wkv_chunked, "CHUNK", 4)
+        patch.setattr(wkv_chunked, "ROW_ELEMENTS", 2 * BATCH * WIDTH)  # two chunks at a time
+        for api in (linear_attention_api, delta_rule_api, wkv_api):
             patch.setattr(api, "default_implementation", lambda *shape: "chunked")
         yield
 
@@ -344,7 +354,9 @@ def test_precision(case):
     dtypes = [jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (state_rounded, after_rounded)]
     assert dtypes[0] == dtypes[1], "a call changes the state's dtypes"
     if constant_size(rounded.mixer):
-        largest = max(jax.tree.leaves(state_rounded), key=lambda leaf: leaf.size)
+        held = jax.tree_util.tree_leaves_with_path(state_rounded)  # activations, not accumulators
+        held = [leaf for path, leaf in held if not jax.tree_util.keystr(path).endswith((".keys", ".values", ".conv"))]
+        largest = max(held, key=lambda leaf: leaf.size)
         assert largest.dtype == np.float32, "a recurrent accumulator is float32"
     assert_close(of_parameters_rounded, of_parameters, "bfloat16 gradient")
 

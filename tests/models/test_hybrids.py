@@ -22,6 +22,10 @@ def test_layouts():
     assert samba.mixers == ("mamba", "attention") * 3 and len(samba.pattern) == 2
     assert (samba.mixer("attention").window, samba.mixer("attention").positions) == (2048, "rope")
 
+    griffin = lcr.ModelConfig(vocab_size=9, d_model=16, **lcr.hybrid("griffin", num_layers=8))
+    assert griffin.mixers == ("rglru", "rglru", "mqa") * 2 + ("rglru", "rglru")
+    assert griffin.mixer("mqa").window == 1024
+
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_a_model_of_it_goes_from_states_to_states(name):
@@ -43,6 +47,7 @@ def test_a_model_of_it_goes_from_states_to_states(name):
         ("jamba", {"num_layers": 8, "num_expert": 4}, "unknown option of hybrid 'jamba'.*Did you mean 'num_experts'"),
         ("jamba", {"num_layers": 8, "num_experts": 1}, "top_k=2: expected at most num_experts=1"),
         ("samba", {"num_layers": 5}, "num_layers=5: samba's layers come in pairs"),
+        ("griffin", {"num_layers": 2}, "num_layers=2: griffin's first attention layer is the third"),
         ("samba", {"num_layers": 4, "window": -1}, "window=-1: expected a whole number above 0"),
     ],
 )

@@ -21,7 +21,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "SIDE", 32)
 
 
-def by_hand(q, k, v, ids, kv_ids, positions, kv_positions, causal=True, window=None, soft_cap=None):
+def by_hand(q, k, v, ids, kv_ids, positions, kv_positions, causal=True, window=None, soft_cap=None, slopes=None):
     """One query and head at a time, in float64 numpy."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     out = np.zeros((*q.shape[:3], v.shape[3]))
@@ -37,6 +37,8 @@ def by_hand(q, k, v, ids, kv_ids, positions, kv_positions, causal=True, window=N
             scores = k[b, seen, g] @ q[b, t, h] / np.sqrt(q.shape[3])
             if soft_cap is not None:
                 scores = soft_cap * np.tanh(scores / soft_cap)
+            if slopes is not None:
+                scores -= slopes[h] * (positions[b, t] - kv_positions[b, seen])
             weights = np.exp(scores - scores.max())
             out[b, t, h] = weights @ v[b, seen, g] / weights.sum()
     return out
@@ -98,6 +100,41 @@ def test_keys_in_any_order(length, small_tiles):
     assert_conforms("chunked", *qkv, **on_device, window=70)
     o, _ = out_and_gradients("chunked", *qkv, **on_device, window=70)
     assert_close(o, by_hand(*qkv, *index.values(), window=70), "float32")
+
+
+SLOPES = np.array([0.5, 0.0, 2.0, 0.01], np.float32)
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_alibi(length, small_tiles):
+    """On keys in any order, of two documents, so that the bias goes by positions; and in heads that share keys."""
+    qkv, index = ring_of_keys(length)
+    on_device = {name: jnp.asarray(a) for name, a in index.items()} | {"alibi_slopes": jnp.asarray(SLOPES)}
+    assert_conforms("chunked", *qkv, **on_device, window=70, soft_cap=2.0)
+    o, _ = out_and_gradients("chunked", *qkv, **on_device, window=70, soft_cap=2.0)
+    assert_close(o, by_hand(*qkv, *index.values(), window=70, soft_cap=2.0, slopes=SLOPES), "float32")
+
+
+def test_alibi_by_index(small_tiles):
+    """Without positions: queries are the last keys; and at a million tokens with steep slopes nothing overflows."""
+    q, k, v = arrays(Shape(T=40, S=90, H=4, G=2, K=8))
+    positions = np.arange(90)[None]
+    want = by_hand(q, k, v, np.ones((1, 40)), np.ones((1, 90)), positions[:, 50:], positions, slopes=SLOPES)
+    assert_close(compute(q, k, v, alibi_slopes=jnp.asarray(SLOPES)), want, "float32")
+    far = {"q_positions": jnp.arange(50, 90, dtype=jnp.int32), "kv_positions": jnp.arange(90, dtype=jnp.int32)}
+    far = {name: 20_000 * a for name, a in far.items()}
+    assert_conforms("chunked", q, k, v, alibi_slopes=jnp.asarray(SLOPES), **far)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_slopes_are_constants(implementation, length):
+    q, k, v = arrays(Shape(T=length, S=5, H=4, G=2, K=8))
+
+    def loss(slopes):
+        return (attention(q, k, v, alibi_slopes=slopes, implementation=implementation) ** 2).sum()
+
+    assert not jax.jit(jax.grad(loss))(jnp.asarray(SLOPES)).any()
 
 
 @pytest.mark.parametrize("implementation", ["chunked", "reference"])
@@ -207,14 +244,15 @@ def test_no_length_squared_array():
     shape = Shape(T=2_048, H=4, G=2, K=16)
     q, k, v = arrays(shape)
 
-    def largest(implementation):
+    def largest(implementation, **options):
         def loss(q, k, v):
-            return attention(q, k, v, implementation=implementation).sum()
+            return attention(q, k, v, implementation=implementation, **options).sum()
 
         return largest_intermediate(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v).jaxpr)
 
     assert largest("reference") >= 2_048 * 2_048  # the measure sees what it is to forbid
     assert largest("chunked") <= max(512 * 512, q.size)
+    assert largest("chunked", alibi_slopes=jnp.asarray(SLOPES)) <= max(512 * 512, q.size)
 
 
 @pytest.mark.parametrize("case", ["causal", "window", "documents"])
@@ -257,6 +295,8 @@ def bad_arguments():
         ("ids of the queries too", dict(q=q, k=k, v=v, kv_segment_ids=kv_ids)),
         ("segment_ids: shape", dict(q=q, k=k, v=v, segment_ids=kv_ids, kv_segment_ids=kv_ids)),
         ("kv_segment_ids: dtype", dict(q=q, k=k, v=v, segment_ids=ids, kv_segment_ids=jnp.ones((2, 5)))),
+        ("alibi_slopes: shape", dict(q=q, k=k, v=v, alibi_slopes=jnp.ones(2))),
+        ("alibi_slopes: dtype", dict(q=q, k=k, v=v, alibi_slopes=jnp.ones(4, jnp.int32))),
         ("q_positions: shape", dict(q=q, k=k, v=v, q_positions=kv_ids)),
     ]
 

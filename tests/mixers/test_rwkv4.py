@@ -1,0 +1,120 @@
+"""RWKV-4 with its channel mixing: equal to a whole model of transformers; its sizes, initial values and errors."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import lcr
+import numpy as np
+import pytest
+from flax import nnx
+from lcr.layers.channel_mixing import ChannelMixingConfig
+from lcr.mixers.rwkv4 import RWKV4Config
+from tolerances import assert_close
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+def layer_norm(x, golden, name):
+    x = x - jnp.mean(x, -1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5)
+    return x * golden[f"{name}.weight"][None, None] + golden[f"{name}.bias"][None, None]
+
+
+def time_mixing(golden, prefix):
+    """A mixer with the weights (`[out, in]`) of one layer of the golden model."""
+    mixer = RWKV4Config().make(52, rngs=nnx.Rngs(0))
+    for ours, theirs in {"r": "receptance", "k": "key", "v": "value"}.items():
+        getattr(mixer, f"{ours}_mix").set_value(jnp.asarray(1 - golden[f"{prefix}.time_mix_{theirs}"]))
+        getattr(mixer, f"{ours}_proj").kernel.set_value(jnp.asarray(golden[f"{prefix}.{theirs}.weight"].T))
+    mixer.time_decay.set_value(jnp.asarray(golden[f"{prefix}.time_decay"]))
+    mixer.bonus.set_value(jnp.asarray(golden[f"{prefix}.time_first"]))
+    mixer.out_proj.kernel.set_value(jnp.asarray(golden[f"{prefix}.output.weight"].T))
+    return mixer
+
+
+def channel_mixing(golden, prefix):
+    layer = ChannelMixingConfig(d_ff=88).make(52, rngs=nnx.Rngs(0))
+    for name in ("key", "receptance"):
+        getattr(layer, name).kernel.set_value(jnp.asarray(golden[f"{prefix}.{name}.weight"].T))
+        getattr(layer, f"{name}_mix").set_value(jnp.asarray(1 - golden[f"{prefix}.time_mix_{name}"]))
+    layer.value.kernel.set_value(jnp.asarray(golden[f"{prefix}.value.weight"].T))
+    return layer
+
+
+@pytest.mark.parametrize("cuts", [(), (33,)], ids=["whole", "in pieces"])
+def test_transformers_model(cuts):
+    """All of a three-layer model with its channel mixing, in one call and in pieces through the states."""
+    golden = dict(np.load(GOLDEN / "rwkv4_transformers.npz"))
+
+    def in_pieces(layer, x):
+        run, state, outputs = jax.jit(layer.__call__), None, []
+        for piece in jnp.split(x, cuts, axis=1):
+            y, state = run(piece, state)
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1)
+
+    x = layer_norm(jnp.asarray(golden["embedded"])[None], golden, "blocks.0.pre_ln")
+    for name in ("blocks.0", "blocks.1", "blocks.2"):
+        x = x + in_pieces(time_mixing(golden, f"{name}.attention"), layer_norm(x, golden, f"{name}.ln1"))
+        x = x + in_pieces(channel_mixing(golden, f"{name}.feed_forward"), layer_norm(x, golden, f"{name}.ln2"))
+    logits = layer_norm(x, golden, "ln_out")[0] @ golden["head"].T
+    assert_close(logits, golden["logits"], "float32 oracle")
+
+
+def test_attention_width():
+    mixer = lcr.make_mixer("rwkv4", 32, rngs=nnx.Rngs(0), attention_width=48)
+    y, state = mixer(jnp.ones((2, 3, 32)))
+    assert y.shape == (2, 3, 32)
+    assert {leaf.shape for leaf in state.wkv} == {(2, 48)}
+    assert mixer.bonus.shape == (48,)
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
+def test_state_bytes(dtype, itemsize):
+    """d_model itemsize + 12 attention_width + 8 for each sequence, whatever the capacity."""
+    mixer = lcr.make_mixer("rwkv4", 64, rngs=nnx.Rngs(0), attention_width=48, dtype=dtype)
+    expected = 3 * (64 * itemsize + 12 * 48 + 8)
+    assert lcr.state_bytes(mixer.init_state(3, 10)) == lcr.state_bytes(mixer.init_state(3, 10**6)) == expected
+
+
+def test_initial_values():
+    """Log-log decays from -5 to 3: the slowest channel halves in about 100 tokens, the fastest forgets at once. The
+    first channel sees the token before alone, later ones more and more of their own; bonuses are 0.3, and half a step
+    below and above."""
+    mixer = lcr.make_mixer("rwkv4", 32, rngs=nnx.Rngs(0))
+    time_decay = np.asarray(mixer.time_decay[...])
+    np.testing.assert_allclose(time_decay[[0, -1]], [-5, 3], rtol=1e-6)
+    assert (np.diff(time_decay) > 0).all()
+    np.testing.assert_allclose(mixer.bonus[...][:3], np.log(0.3) + np.array([0, 0.5, -0.5]), rtol=1e-6)
+    for name, first, middle in (("r", 1, 1 - 0.5**0.25), ("k", 1, 1 - 0.5**0.5), ("v", 0.85, 0.85 - 0.5**0.5)):
+        np.testing.assert_allclose(getattr(mixer, f"{name}_mix")[...][jnp.array([0, 16])], [first, middle], rtol=1e-5)
+
+
+def test_no_weight_decay_on_vectors():
+    mixer = nnx.eval_shape(lambda: lcr.make_mixer("rwkv4", 32, rngs=nnx.Rngs(0)))
+    for name in ("r_mix", "k_mix", "v_mix", "time_decay", "bonus"):
+        assert getattr(mixer, name).get_metadata()["group"] == "no_decay"
+
+
+@pytest.mark.parametrize("time_decay", [-40.0, 200.0], ids=["keeps all", "keeps nothing"])
+def test_extreme_decays_have_finite_gradients(time_decay):
+    mixer = lcr.make_mixer("rwkv4", 16, rngs=nnx.Rngs(0))
+    mixer.time_decay.set_value(jnp.full((16,), time_decay))
+    x = 100 * jax.random.normal(jax.random.key(0), (1, 20, 16))
+    gradients = nnx.grad(lambda mixer: jnp.sum(mixer(x)[0] ** 2))(mixer)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_width": 0}, "attention_width=0: expected a whole number above 0"),
+        ({"implementation": "chunk"}, "implementation: unknown value 'chunk'. Did you mean 'chunked'?"),
+        ({"dtype": "int32"}, "dtype='int32': expected a float type"),
+        ({"num_heads": 2}, "unknown option of mixer 'rwkv4': 'num_heads'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        lcr.make_mixer("rwkv4", 32, rngs=nnx.Rngs(0), **options)
