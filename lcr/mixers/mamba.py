@@ -142,7 +142,7 @@ class Mamba(nnx.Module):
             -jnp.exp(self.A_log[...]),
             B,
             C,
-            jnp.asarray(self.D[...]),
+            self.D[...],
             initial_state=forget(state.ssm, segments.continues),
             segment_ids=segments.ids,
             implementation=self.config.implementation,

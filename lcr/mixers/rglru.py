@@ -136,7 +136,7 @@ class RGLRU(nnx.Module):
             exact,
             self._gate(exact, self.recurrence_kernel, self.recurrence_bias),
             self._gate(exact, self.input_kernel, self.input_bias),
-            jnp.asarray(self.Lambda[...]),
+            self.Lambda[...],
             segments.positions == 0,
             initial_state=forget(state.hidden, segments.continues),
             segment_ids=segments.ids,
