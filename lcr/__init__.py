@@ -5,6 +5,7 @@ from lcr.mixers import make_mixer as make_mixer
 from lcr.mixers import state_bytes as state_bytes
 from lcr.models import ModelConfig as ModelConfig
 from lcr.models import generate as generate
+from lcr.models import hybrid as hybrid
 from lcr.models import make_model as make_model
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ from flax import nnx, struct
 
 from lcr.layers.segments import read_segments
 from lcr.layers.token_shift import token_shift
-from lcr.mixers.interface import check_whole
+from lcr.mixers.interface import check_call, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -81,6 +81,7 @@ class ChannelMixing(nnx.Module):
     def __call__(
         self, x: Activations, state: ChannelMixingState | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, ChannelMixingState]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         dtype = self.config.dtype
         if state is None:

@@ -18,6 +18,7 @@ from lcr.mixers.mamba import MambaConfig
 from lcr.mixers.mamba2 import Mamba2Config
 from lcr.mixers.mla import MLAConfig
 from lcr.mixers.retnet import RetNetConfig
+from lcr.mixers.rglru import RGLRUConfig
 from lcr.mixers.rwkv4 import RWKV4Config
 from lcr.mixers.rwkv6 import RWKV6Config
 from lcr.mixers.rwkv7 import RWKV7Config
@@ -38,6 +39,7 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "rwkv4": RWKV4Config,
     "rwkv6": RWKV6Config,
     "rwkv7": RWKV7Config,
+    "rglru": RGLRUConfig,
 }
 
 

@@ -17,7 +17,7 @@ from lcr.layers.rope import apply_rope
 from lcr.layers.rope_scaling import freeze_rope_scaling, read_rope_scaling
 from lcr.layers.segments import read_segments
 from lcr.layers.xpos import xpos_attention
-from lcr.mixers.interface import check_choice, check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_choice, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -207,6 +207,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Activations, state: KVCache | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, KVCache]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         before = self.init_state(batch, length) if state is None else state
         segments = read_segments(segment_ids, before.segment_id, before.position, length)

@@ -10,7 +10,7 @@ from pallas_kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
 from lcr.layers.delta_heads import DeltaHeads, HeadsOut, gate_kernel, learning_rates
 from lcr.layers.heads import default_num_heads, head_width
 from lcr.layers.segments import forget, read_segments
-from lcr.mixers.interface import check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -99,6 +99,7 @@ class DeltaNet(nnx.Module):
     def __call__(
         self, x: Activations, state: DeltaNetState | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, DeltaNetState]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         if state is None:
             state = self.init_state(batch)

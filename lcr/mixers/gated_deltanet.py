@@ -12,7 +12,7 @@ from lcr.layers.delta_heads import DeltaHeads, HeadsOut, gate_kernel, learning_r
 from lcr.layers.heads import default_num_heads
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.step_sizes import initial_dt_bias
-from lcr.mixers.interface import check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -133,6 +133,7 @@ class GatedDeltaNet(nnx.Module):
     def __call__(
         self, x: Activations, state: GatedDeltaNetState | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, GatedDeltaNetState]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         if state is None:
             state = self.init_state(batch)

@@ -11,7 +11,7 @@ from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attentio
 from lcr.layers.heads import default_num_heads, head_width
 from lcr.layers.norms import RMSNorm
 from lcr.layers.segments import forget, read_segments
-from lcr.mixers.interface import check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -103,6 +103,7 @@ class GLA(nnx.Module):
     def __call__(
         self, x: Activations, state: GLAState | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, GLAState]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         if state is None:
             state = self.init_state(batch)

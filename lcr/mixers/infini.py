@@ -15,7 +15,7 @@ from lcr.layers.compressive_memory import Boundaries, Memory, compressive_memory
 from lcr.layers.rope import apply_rope
 from lcr.layers.segments import Segments, read_segments
 from lcr.mixers.attention import AttentionConfig
-from lcr.mixers.interface import check_choice, check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_choice, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Bool, Float, Int, Leaf, SegmentIds
 
 
@@ -132,6 +132,7 @@ class InfiniAttention(nnx.Module):
     def __call__(
         self, x: Activations, state: InfiniState | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, InfiniState]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         before = self.init_state(batch) if state is None else state
         segments = read_segments(segment_ids, before.segment_id, before.position, length)

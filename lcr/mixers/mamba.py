@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS, selective_scan
 
+from lcr.layers.norms import RMSNorm
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
 from lcr.layers.step_sizes import initial_dt_bias
-from lcr.mixers.interface import check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_choice, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -29,6 +30,9 @@ class MambaConfig:
     decay_scale: the initial A is -decay_scale n, n = 1 .. N (1: as in the paper). A state decays by exp(dt A) a step
         and is written with dt B x, so a small decay_scale gives long memories that are still written to: nearly a
         linear attention, whose keys B and queries C have to keep apart what is to be kept (arXiv 2410.11135).
+    inner_norm: what is done to the low-rank step sizes, B and C before they are used: "none"; "scaled", a
+        root-mean-square norm of each with a learned scale, as in Jamba (arXiv 2403.19887, section 6.4); "plain", the
+        same without a scale, as in Falcon-Mamba (arXiv 2410.05355, section 2.3). inner_norm_eps: of these norms.
     dtype: of the compute; parameters are float32. implementation: of `selective_scan`.
     """
 
@@ -41,6 +45,8 @@ class MambaConfig:
     dt_floor: float = 1e-4
     dt_scale: float = 1.0
     decay_scale: float = 1.0
+    inner_norm: str = "none"
+    inner_norm_eps: float = 1e-6
     dtype: Any = jnp.float32
     implementation: str | None = None
 
@@ -48,8 +54,9 @@ class MambaConfig:
         check_whole(state_size=self.state_size, expand=self.expand, conv_width=self.conv_width)
         if self.dt_rank is not None:
             check_whole(dt_rank=self.dt_rank)
-        for name in ("dt_min", "dt_max", "dt_floor", "dt_scale", "decay_scale"):
+        for name in ("dt_min", "dt_max", "dt_floor", "dt_scale", "decay_scale", "inner_norm_eps"):
             check_positive(**{name: getattr(self, name)})
+        check_choice("inner_norm", self.inner_norm, ("none", "scaled", "plain"))
         check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
         if self.dt_min > self.dt_max:
             raise ValueError(f"dt_min={self.dt_min}: expected at most dt_max={self.dt_max}")
@@ -96,6 +103,11 @@ class Mamba(nnx.Module):
         self.A_log = nnx.Param(jnp.tile(jnp.log(n)[None], (inner, 1)), group="no_decay")
         self.D = nnx.Param(jnp.ones((inner,), jnp.float32), group="no_decay")
         self.out_proj = linear(inner, d_model)
+        if config.inner_norm != "none":
+            options = {"epsilon": config.inner_norm_eps, "use_scale": config.inner_norm == "scaled"}
+            self.dt_norm = RMSNorm(self.dt_rank, **options)
+            self.B_norm = RMSNorm(config.state_size, **options)
+            self.C_norm = RMSNorm(config.state_size, **options)
 
     def init_state(self, batch: int, capacity: int = 0, dtype: Any = None) -> MambaState:
         """An empty state; `capacity` is ignored (constant size). dtype: of the convolution's inputs."""
@@ -110,6 +122,7 @@ class Mamba(nnx.Module):
     def __call__(
         self, x: Activations, state: MambaState | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, MambaState]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         if state is None:
             state = self.init_state(batch)
@@ -119,6 +132,8 @@ class Mamba(nnx.Module):
         x, conv = self.conv(x, state.conv, segments)
         x = nnx.silu(x)
         dt, B, C = jnp.split(self.x_proj(x), [self.dt_rank, self.dt_rank + self.config.state_size], axis=-1)
+        if self.config.inner_norm != "none":
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         # Step sizes in float32: small ones decide how far the memory reaches.
         dt = jnp.einsum("btr,rd->btd", dt.astype(jnp.float32), self.dt_kernel[...], precision="highest")
         y, ssm = selective_scan(

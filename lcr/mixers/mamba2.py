@@ -12,7 +12,7 @@ from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attentio
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
 from lcr.layers.step_sizes import initial_dt_bias
-from lcr.mixers.interface import check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
 
 
@@ -125,6 +125,7 @@ class Mamba2(nnx.Module):
     def __call__(
         self, x: Activations, state: Mamba2State | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, Mamba2State]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         config = self.config
         if state is None:

@@ -14,7 +14,7 @@ from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import apply_rope
 from lcr.layers.rope_scaling import freeze_rope_scaling, read_rope_scaling
 from lcr.layers.segments import read_segments
-from lcr.mixers.interface import check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Int, Leaf, SegmentIds
 
 
@@ -153,6 +153,7 @@ class MLA(nnx.Module):
     def __call__(
         self, x: Activations, state: LatentCache | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, LatentCache]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         before = self.init_state(batch, length) if state is None else state
         segments = read_segments(segment_ids, before.segment_id, before.position, length)

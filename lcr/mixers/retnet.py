@@ -12,7 +12,7 @@ from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attentio
 from lcr.layers.heads import default_num_heads
 from lcr.layers.rope import rotate
 from lcr.layers.segments import forget, read_segments
-from lcr.mixers.interface import check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
 
 
@@ -108,6 +108,7 @@ class RetNet(nnx.Module):
     def __call__(
         self, x: Activations, state: RetentionState | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, RetentionState]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         if state is None:
             state = self.init_state(batch)

@@ -9,7 +9,7 @@ from pallas_kernels.wkv.api import IMPLEMENTATIONS, WKVState, wkv
 
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.token_shift import token_shift
-from lcr.mixers.interface import check_compute, check_whole
+from lcr.mixers.interface import check_call, check_compute, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -98,6 +98,7 @@ class RWKV4(nnx.Module):
     def __call__(
         self, x: Activations, state: RWKV4State | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, RWKV4State]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         dtype = self.config.dtype
         if state is None:

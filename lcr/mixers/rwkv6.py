@@ -11,7 +11,7 @@ from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attentio
 from lcr.layers.heads import default_num_heads, head_width
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.token_shift import token_shift
-from lcr.mixers.interface import check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -127,6 +127,7 @@ class RWKV6(nnx.Module):
     def __call__(
         self, x: Activations, state: RWKV6State | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Activations, RWKV6State]:
+        check_call(self, x, state, segment_ids)
         batch, length, _ = x.shape
         if state is None:
             state = self.init_state(batch)

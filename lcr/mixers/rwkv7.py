@@ -13,7 +13,7 @@ from lcr.layers.delta_heads import unit_length
 from lcr.layers.heads import default_num_heads
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.token_shift import token_shift
-from lcr.mixers.interface import check_compute, check_positive, check_whole
+from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
 
 SLOWEST = -0.606531  # log decays lie between this, -exp(-1/2), and 0
@@ -169,6 +169,7 @@ class RWKV7(nnx.Module):
 
         Raises: ValueError for first_values of another shape than x.
         """
+        check_call(self, x, state, segment_ids)
         if first_values is not None and first_values.shape != x.shape:
             raise ValueError(
                 f"first_values of shape {first_values.shape} with x of shape {x.shape}: expected the values of the "

@@ -1,5 +1,6 @@
 """The decoder: pre-norm blocks of a mixer and a feed-forward, the repeating group of layers stacked and scanned."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from flax import nnx
 from lcr.layers.feed_forward import feed_forward_config, make_feed_forward
 from lcr.layers.moe import Routing
 from lcr.layers.norms import RMSNorm
-from lcr.mixers.interface import Mixer
+from lcr.mixers.interface import Mixer, check_segment_ids, check_state
 from lcr.models.config import ModelConfig, model_config
 from lcr.typing import Activations, Array, Bool, Float, Int, SegmentIds, State, Tokens
 
@@ -163,6 +164,9 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B P vocab"], State, tuple[Routing, ...]]:
         """`__call__`, and what the routers did: a `Routing` for each mixture of experts of the pattern, its leaves
         with the repetitions in front. Training adds their losses to its own."""
+        check_segment_ids(segment_ids, tokens, "tokens")
+        if states is not None:
+            self._check_states(states, tokens.shape[0])
         dtype = jnp.dtype(self.config.dtype)
         x = self.embedding[...].astype(dtype)[tokens]
         graph, parameters = nnx.split(self.groups)
@@ -182,6 +186,15 @@ class Decoder(nnx.Module):
         output = self.embedding if self.config.tie_embeddings else self.head
         logits = jnp.einsum("bpd,vd->bpv", x, output[...].astype(dtype), preferred_element_type=jnp.float32)
         return logits, states, routings
+
+    def _check_states(self, states: State, batch: int) -> None:
+        if any(leaf.shape[:1] != (self.repetitions,) for leaf in jax.tree.leaves(states)):
+            depths = sorted({leaf.shape[:1] for leaf in jax.tree.leaves(states)})
+            raise ValueError(
+                f"states: leaves of a first axis {depths}, expected {(self.repetitions,)}: the states of this model, "
+                f"which repeats its pattern {self.repetitions} times"
+            )
+        check_state("states", states, functools.partial(self.init_states, batch), f"tokens have {batch} rows", 1)
 
     def _no_values(self, graph, parameters, x: Activations) -> Activations | None:
         """Zeros where the values to be handed on will stand; None if no mixer hands any on."""

@@ -37,7 +37,9 @@ CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "mha, alibi": ("mha", {"positions": "alibi"}),
     "mha, xpos": ("mha", {"positions": "xpos"}),
     "gqa, no positions": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
-    "mamba, 5 states, 2 taps": ("mamba", {"state_size": 5, "conv_width": 2}),
+    "mamba, 9 states, 2 taps, inner norms": (
+        "mamba", {"state_size": 9, "conv_width": 2, "inner_norm": "scaled", "dt_rank": 8}
+    ),  # fmt: skip
 }
 
 # Rows of documents: padding on the left, in the middle, on the right; an id that comes back; one long document.
@@ -354,8 +356,8 @@ def test_precision(case):
     dtypes = [jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (state_rounded, after_rounded)]
     assert dtypes[0] == dtypes[1], "a call changes the state's dtypes"
     if constant_size(rounded.mixer):
-        held = jax.tree_util.tree_leaves_with_path(state_rounded)  # keys and values are activations, not accumulators
-        held = [leaf for path, leaf in held if not jax.tree_util.keystr(path).endswith((".keys", ".values"))]
+        held = jax.tree_util.tree_leaves_with_path(state_rounded)  # activations, not accumulators
+        held = [leaf for path, leaf in held if not jax.tree_util.keystr(path).endswith((".keys", ".values", ".conv"))]
         largest = max(held, key=lambda leaf: leaf.size)
         assert largest.dtype == np.float32, "a recurrent accumulator is float32"
     assert_close(of_parameters_rounded, of_parameters, "bfloat16 gradient")

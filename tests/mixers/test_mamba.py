@@ -39,6 +39,8 @@ def test_dt_scale_widens_the_step_projection_alone():
         ({"state_size": 0}, "state_size=0: expected a whole number above 0"),
         ({"dt_rank": 0}, "dt_rank=0: expected a whole number above 0"),
         ({"dt_scale": -1.0}, r"dt_scale=-1\.0: expected a number above 0"),
+        ({"inner_norm": "plane"}, "inner_norm: unknown value 'plane'. Did you mean 'plain'"),
+        ({"inner_norm_eps": 0.0}, r"inner_norm_eps=0\.0: expected a number above 0"),
         ({"dt_min": 0.1, "dt_max": 0.01}, r"dt_min=0\.1: expected at most dt_max=0\.01"),
     ],
 )

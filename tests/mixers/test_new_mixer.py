@@ -1,0 +1,93 @@
+"""A mixer of one's own takes one class for its options, a module, and one entry in `MIXERS`; all else knows it then."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lcr
+import numpy as np
+import pytest
+from flax import nnx, struct
+from lcr.layers.segments import forget, read_segments
+from lcr.training.metrics import read_rows
+from lcr.training.trainer import train
+from pallas_kernels.selective_scan import selective_scan
+from tolerances import assert_close
+
+from tests.training.toy import toy_config
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageConfig:
+    """decay: of the average, a step."""
+
+    decay: float = 0.9
+    dtype: Any = jnp.float32
+
+    def make(self, d_model, *, rngs):
+        return Average(self, d_model, rngs=rngs)
+
+
+@struct.dataclass
+class AverageState:
+    average: Any  # float32[B, D]
+    segment_id: Any  # int32[B]
+    position: Any  # int32[B]
+
+
+class Average(nnx.Module):
+    """y_t = m_t W, with the moving average m_t = decay m_{t-1} + (1 - decay) x_t."""
+
+    def __init__(self, config, d_model, *, rngs):
+        self.config, self.d_model = config, d_model
+        self.out = nnx.Linear(d_model, d_model, use_bias=False, dtype=config.dtype, rngs=rngs)
+
+    def init_state(self, batch, capacity=0, dtype=None):
+        zero = jnp.zeros((batch,), jnp.int32)
+        return AverageState(average=jnp.zeros((batch, self.d_model)), segment_id=zero, position=zero)
+
+    def __call__(self, x, state=None, segment_ids=None):
+        state = self.init_state(x.shape[0]) if state is None else state
+        segments = read_segments(segment_ids, state.segment_id, state.position, x.shape[1])
+        rate = -float(np.log(self.config.decay))
+        one = jnp.ones((*x.shape[:2], 1))
+        m, average = selective_scan(
+            x * (1 - self.config.decay) / rate, jnp.full(x.shape, rate), -jnp.ones((self.d_model, 1)), one, one,
+            initial_state=forget(state.average, segments.continues)[..., None], segment_ids=segments.ids,
+        )  # fmt: skip
+        return self.out(m), AverageState(average[..., 0], segments.segment_id, segments.position)
+
+
+@pytest.fixture(autouse=True)
+def average(monkeypatch):
+    monkeypatch.setitem(lcr.MIXERS, "average", AverageConfig)
+
+
+def test_it_is_made_by_name_and_its_options_are_checked():
+    mixer = lcr.make_mixer("average", 8, rngs=nnx.Rngs(0), decay=0.5)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8))
+    m, expected = np.zeros((2, 8)), []
+    for t in range(6):
+        m = 0.5 * m + 0.5 * np.asarray(x[:, t])
+        expected.append(m @ np.asarray(mixer.out.kernel[...]))
+    assert_close(mixer(x)[0], np.stack(expected, axis=1), "float32")
+    with pytest.raises(ValueError, match="unknown option of mixer 'average': 'decai'. Did you mean 'decay'"):
+        lcr.make_mixer("average", 8, rngs=nnx.Rngs(0), decai=0.5)
+
+
+def test_a_decoder_of_it_decodes_what_it_would_read():
+    config = {"vocab_size": 17, "d_model": 8, "mixers": ("average",) * 2, "mixer_options": {"average": {"decay": 0.7}}}
+    model = lcr.make_model(config, rngs=nnx.Rngs(0))
+    prompt = jnp.array([[3, 1, 4, 1, 5]], jnp.int32)
+    new, _ = lcr.generate(model, prompt, max_new_tokens=3)
+    whole = jnp.concatenate([prompt, new], axis=1)
+    likeliest = jnp.argmax(jax.jit(lambda tokens: model(tokens)[0])(whole), axis=-1)
+    np.testing.assert_array_equal(new[0], likeliest[0, 4:-1])
+
+
+def test_the_trainer_trains_it(tmp_path):
+    config = toy_config(**{"model.mixers": ("average",), "training.steps": 3, "training.log_every": 1})
+    train(config, tmp_path, progress=False)
+    losses = [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert len(losses) >= 3 and np.isfinite(losses).all()
