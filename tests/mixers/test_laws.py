@@ -28,15 +28,15 @@ from tolerances import assert_close
 BATCH, LENGTH, WIDTH = 3, 24, 32
 CAPACITY = LENGTH  # so with what a state has read before, caches overflow in row 2 and become windows
 
-# Every entry, with options where its defaults would test less: "attention" is "mha" with them, and twenty-four tokens
-# fit into one segment of "infini".
+# Every entry, with options where its defaults would test less: the presets of attention are one module, "attention" even
+# the same as "mha", and twenty-four tokens fit into one segment of "infini".
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
+    "mqa": ("mqa", {"positions": "alibi"}),
+    "gqa": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
     "infini": ("infini", {"segment_length": 5, "update": "delta"}),
     "infini, linear update": ("infini", {"segment_length": 5, "update": "linear"}),
-    "mha, alibi": ("mha", {"positions": "alibi"}),
     "mha, xpos": ("mha", {"positions": "xpos"}),
-    "gqa, no positions": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
     "mamba, 9 states, 2 taps, inner norms": (
         "mamba", {"state_size": 9, "conv_width": 2, "inner_norm": "scaled", "dt_rank": 8}
     ),  # fmt: skip
