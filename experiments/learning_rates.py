@@ -24,7 +24,7 @@ from experiments.flags import fail, load_sweep, run
 SWEEP = flags.DEFINE_string("sweep", None, "The sweep: <file>.py or <file>.py:<architecture>,...")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the short runs and their losses; made if not there.")
 VALUES = flags.DEFINE_list("values", ["1.5e-3", "3e-3", "6e-3", "1.2e-2"], "The learning rates tried.")
-STEPS = flags.DEFINE_integer("steps", 130, "Steps of each run.", lower_bound=10)
+STEPS = flags.DEFINE_integer("steps", 200, "Steps of each run.", lower_bound=10)
 flags.mark_flags_as_required(["sweep", "workdir"])
 
 LOSSES = "learning_rates.jsonl"

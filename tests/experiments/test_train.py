@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 from experiments import train as program
+from experiments.configs.passkey import VARIANTS
 from experiments.flags import exit_code, explain, load_config, message_of, parse_flags, reported_errors
+from flax import nnx
 from lcr.training.checkpoints import CheckpointError
 from lcr.training.config import ConfigError, check_config, check_keys
+from lcr.training.run import make_abstract_model, make_run_task
 from lcr.training.signals import Stopped
 from lcr.training.trainer import NonFiniteError
 
@@ -80,11 +84,15 @@ def test_values_reach_the_configuration(monkeypatch):
     assert config.model.mixer_options.mamba.state_size == 8
 
 
-@pytest.mark.parametrize("variant", ["mamba", "retnet", "mha", "gqa", "mqa", "long"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_passkey_configuration_can_be_run(variant):
+    """And has as many parameters as Mamba's, but for Jamba's eight layers."""
     config = load_config(f"{ROOT}/experiments/configs/passkey.py:{variant}")
     check_config(config)
     assert config.name == variant and config.is_locked
+    model = make_abstract_model(config, make_run_task(config).tokenizer.vocab_size)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert abs(parameters / 72_064 - 1) <= (0.25 if variant == "jamba" else 0.05)
 
 
 def test_the_text_configuration_has_known_keys_and_sound_values():
