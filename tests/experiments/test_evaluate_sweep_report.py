@@ -194,6 +194,8 @@ def test_evaluate_takes_lengths_depths_and_samples_and_goes_on_where_it_was(swee
             "unknown architecture 'mumba'. Did you mean 'mamba'?",
         ),
         ("sweep", ["--workdir={spoilt}", "--sweep={sweep}:good"], "results.jsonl, line 2: not JSON"),
+        ("costs", ["--workdir={spoilt}", "--sweep={sweep}:good"], "results.jsonl, line 2: not JSON"),
+        ("learning_rates", ["--workdir={empty}", "--sweep={sweep}:good", "--values=1e-3,fast"], "--values: 'fast':"),
     ],
 )
 def test_a_mistake_gets_one_clear_message(sweep, call, capfd, tmp_path, program, arguments, message):
@@ -214,7 +216,37 @@ def test_a_mistake_gets_one_clear_message(sweep, call, capfd, tmp_path, program,
     assert not (workdir / "good" / "results.jsonl").exists(), "nothing was computed"
 
 
-@pytest.mark.parametrize("program", ["evaluate", "sweep", "report"])
+def test_costs_are_measured_once_and_stand_beside_the_accuracy(sweep, call, capfd):
+    file, workdir, _ = sweep
+    assert call("costs", f"--sweep={file}:good", f"--workdir={workdir}", "--repeats=1") == 0
+    [row] = read_lines(workdir / "costs.jsonl")
+    assert (row["name"], row["state_bytes"]) == ("good", 4 * 8)
+    assert row["parameters"] % 8 == 0 and row["decoding_tokens_per_second"] > 0 and row["late_over_early"] > 0
+    assert 12 < row["memory_ratio"] < 17
+    printed = capfd.readouterr().out
+    assert "| 96 | 130 |" in printed and "| good | " in printed and " | 32 B | " in printed
+    assert (workdir / "comparison.md").read_text() in printed
+    assert call("costs", f"--sweep={file}:good", f"--workdir={workdir}") == 0
+    assert len(read_lines(workdir / "costs.jsonl")) == 1 and printed == capfd.readouterr().out
+
+
+def test_learning_rates_are_tried_once_each(sweep, call, capfd, tmp_path):
+    file, _, _ = sweep
+    arguments = [f"--sweep={file}:good", f"--workdir={tmp_path}", "--steps=10", "--values=1e-3,1e-1"]
+    assert call("learning_rates", *arguments) == 0
+    rows = read_lines(tmp_path / "learning_rates.jsonl")
+    assert [(row["name"], row["steps"], row["learning_rate"]) for row in rows] == [
+        ("good", 10, 1e-3), ("good", 10, 1e-1)
+    ]  # fmt: skip
+    best = min(rows, key=lambda row: row["loss"])["learning_rate"]
+    printed = capfd.readouterr().out
+    assert printed.splitlines()[-1].split()[-1] == f"{best:g}"
+    assert call("learning_rates", *arguments) == 0
+    assert read_lines(tmp_path / "learning_rates.jsonl") == rows and printed == capfd.readouterr().out
+    assert not (tmp_path / "good").exists(), "the short runs are not kept"
+
+
+@pytest.mark.parametrize("program", ["evaluate", "sweep", "report", "costs", "learning_rates"])
 def test_help_is_useful_and_loads_nothing_heavy(program):
     code = f"""
 import runpy, sys
