@@ -138,7 +138,8 @@ def test_a_later_layer_learns_from_the_values_of_the_first():
     given, own, of_own, of_second = jax.device_get(run(parameters))
     assert_close(given, own, "exact")
     assert not np.abs(of_own["value"]["up"][...]).max() > 1e-4  # v_first is this layer's own v': nothing to mix
-    reached = {jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(of_second) if leaf.any()}
+    leaves = jax.tree_util.tree_leaves_with_path(of_second)
+    reached = {jax.tree_util.keystr(path) for path, leaf in leaves if leaf.any()}
     assert reached == {"['mix'].value", "['v_proj']['kernel'].value"}, reached
 
 

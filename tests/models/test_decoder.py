@@ -150,7 +150,7 @@ def test_the_program_does_not_grow_with_depth():
 
 def test_rematerialisation_changes_no_gradient():
     def gradient(remat):
-        graph, parameters = nnx.split(build(remat=remat))
+        graph, parameters = nnx.split(build(mixers=("gqa", "gqa"), remat=remat))
         return jax.jit(jax.grad(lambda p: (nnx.merge(graph, p)(tokens())[0] ** 2).sum()))(parameters)
 
     expected = gradient("none")
