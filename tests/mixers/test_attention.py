@@ -100,6 +100,13 @@ def test_groups_are_repeated_heads():
     assert_close(apply(grouped, x)[0], apply(full, x)[0], "float32")
 
 
+def test_bfloat16_computes_with_float32_parameters_and_caches_bfloat16():
+    mixer = make(**SMALL, qk_norm=True, dtype=jnp.bfloat16)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(nnx.state(mixer)))
+    y, state = jax.eval_shape(mixer, jnp.asarray(inputs(9)))
+    assert y.dtype == state.keys.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(("window", "slots"), [(None, 100), (16, 16), (300, 100)])
 def test_state_bytes(window, slots):
     state = make(**SMALL, window=window).init_state(3, 100, dtype=jnp.bfloat16)

@@ -129,6 +129,18 @@ def test_float64():
         assert_close(found, outputs_and_gradients(*case, "reference"), "float64")
 
 
+def test_bfloat16():
+    inputs, ids, cotangents = make(SMALL._replace(K=8, V=8), packed=True)
+    rounded = {k: v.astype(jnp.bfloat16) if k in ("q", "k", "v", "bonus") else v for k, v in inputs.items()}
+    cotangents = (cotangents[0].astype(jnp.bfloat16), cotangents[1])
+    outputs, gradients = outputs_and_gradients(rounded, ids, cotangents, "chunked")
+    assert outputs[0].dtype == jnp.bfloat16 and outputs[1].dtype == jnp.float32
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (rounded, cotangents))
+    expected_outputs, expected_gradients = outputs_and_gradients(exact[0], ids, exact[1], "reference")
+    assert_close(outputs, expected_outputs, "bfloat16")
+    assert_close(gradients, expected_gradients, "bfloat16 gradient")
+
+
 def test_extreme_gates_over_a_long_sequence():
     """65,536 tokens; slow, fast and mixed gates, beside each other and one after another, against float64."""
     length, width = 65_536, 4
