@@ -12,7 +12,7 @@ from lcr.layers.moe import MoE, MoEConfig
 from tolerances import assert_close
 
 WIDTH, FF = 16, 24
-IDS = jnp.array([[1, 1, 1, 0, 2, 2], [0, 3, 3, 3, 3, 0]], jnp.int32)
+IDS = np.array([[1, 1, 1, 0, 2, 2], [0, 3, 3, 3, 3, 0]], np.int32)
 
 
 @functools.cache
@@ -21,7 +21,12 @@ def build(**options):
 
 
 def activations(seed=0, batch=2, length=6):
-    return jax.random.normal(jax.random.key(seed), (batch, length, WIDTH))
+    return np.random.default_rng(seed).standard_normal((batch, length, WIDTH), np.float32)
+
+
+@nnx.jit
+def run(moe, *args):
+    return moe(*args)
 
 
 def swiglu(x, gate_up, down):
@@ -63,13 +68,13 @@ def test_equals_the_definition(options):
     if "balance" in options and options["balance"] == "bias":
         moe.selection_bias[...] = jnp.array([0.3, -0.2, 0.0, 0.1, -0.4])
     x = activations()
-    assert_close(moe(x)[0], by_hand(moe, x), "float32")
+    assert_close(run(moe, x)[0], by_hand(moe, x), "float32")
 
 
 def test_no_token_is_dropped_though_all_choose_the_same_experts():
     moe = build()
-    x = jnp.broadcast_to(activations(length=1), (2, 6, WIDTH))
-    y, routing = moe(x)
+    x = np.broadcast_to(activations(length=1), (2, 6, WIDTH))
+    y, routing = run(moe, x)
     assert_close(y, by_hand(moe, x), "float32")
     assert sorted(np.asarray(routing.load).tolist())[-1] >= 0.25
 
@@ -77,18 +82,18 @@ def test_no_token_is_dropped_though_all_choose_the_same_experts():
 def test_padding_is_zero_and_counts_nowhere():
     moe = build(z_weight=0.1)
     x = activations()
-    y, routing = moe(x, IDS)
-    other, again = moe(jnp.where((IDS != 0)[..., None], x, 1e3), IDS)
-    assert not np.asarray(y)[np.asarray(IDS) == 0].any()
+    y, routing = run(moe, x, IDS)
+    other, again = run(moe, np.where((IDS != 0)[..., None], x, np.float32(1e3)), IDS)
+    assert not np.asarray(y)[IDS == 0].any()
     assert_close((other, again), (y, routing), "float32")
     np.testing.assert_allclose(routing.load.sum(), 1, rtol=1e-6)
     real = x[IDS != 0][None]
-    assert_close(moe(real)[1], routing, "float32")
+    assert_close(run(moe, real)[1], routing, "float32")
 
 
 def test_losses_and_statistics_by_hand():
     moe, x = build(z_weight=0.5, balance_weight=0.2), activations()
-    _, routing = moe(x)
+    _, routing = run(moe, x)
     logits = np.asarray(x, np.float64).reshape(-1, WIDTH) @ np.asarray(moe.router[...], np.float64)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     load = np.bincount(np.argsort(-p, axis=-1)[:, :2].ravel(), minlength=5) / (2 * len(p))
@@ -104,19 +109,22 @@ def test_the_bias_moves_against_the_load():
     moe.selection_bias[...] = jnp.array([9.0, 9.0, 0.0, 0.0, 0.0])  # all tokens go to experts 0 and 1
     graph, parameters = nnx.split(moe)
 
-    def loss(parameters):
-        y, routing = nnx.merge(graph, parameters)(activations())
+    @jax.jit
+    @jax.value_and_grad
+    def with_gradient(parameters, x):
+        y, routing = nnx.merge(graph, parameters)(x)
         return (y**2).sum() + routing.loss
 
-    value, gradient = jax.value_and_grad(loss)(parameters)
-    assert_close(gradient.selection_bias[...], jnp.array([0.01, 0.01, -0.01, -0.01, -0.01]), "exact")
-    assert_close(value, (moe(activations())[0] ** 2).sum(), "float32")
+    value, gradient = with_gradient(parameters, activations())
+    expected = np.array([0.01, 0.01, -0.01, -0.01, -0.01], np.float32)
+    assert_close(gradient.selection_bias[...], expected, "exact")
+    assert_close(value, (np.asarray(run(moe, activations())[0]) ** 2).sum(), "float32")
 
 
 def test_memory_does_not_hold_tokens_by_experts_by_choices():
     moe = MoE(MoEConfig(num_experts=64, top_k=4, d_expert=4), WIDTH, FF, dtype=jnp.float32, rngs=nnx.Rngs(0))
     graph, parameters = nnx.split(moe)
-    program = jax.make_jaxpr(lambda p, x: nnx.merge(graph, p)(x))(parameters, activations(length=128))
+    program = jax.make_jaxpr(lambda p, x: nnx.merge(graph, p)(x))(parameters, jnp.asarray(activations(length=128)))
     largest = max(v.aval.size for eqn in program.jaxpr.eqns for v in eqn.outvars)
     assert largest <= 256 * 64  # the router's scores
 
@@ -126,12 +134,12 @@ def test_in_a_decoder_pieces_equal_the_whole():
         {"vocab_size": 31, "d_model": 16, "mixers": ("gqa",) * 4, "feed_forward": ("swiglu", "moe") * 2},
         rngs=nnx.Rngs(0),
     )
-    tokens = jax.random.randint(jax.random.key(0), (2, 12), 1, 31, jnp.int32)
-    whole, states, routings = model.with_routing(tokens)
+    tokens = np.random.default_rng(0).integers(1, 31, (2, 12), np.int32)
+    whole, states, routings = nnx.jit(lambda model, tokens: model.with_routing(tokens))(model, tokens)
     assert [routing.load.shape for routing in routings] == [(2, 8)]
-    first, middle = model(tokens[:, :5], model.init_states(2, 12))
-    second, after = model(tokens[:, 5:], middle)
-    assert_close(jnp.concatenate([first, second], axis=1), whole, "float32")
+    first, middle = run(model, tokens[:, :6], model.init_states(2, 12))
+    second, after = run(model, tokens[:, 6:], middle)
+    assert_close(np.concatenate([first, second], axis=1), whole, "float32")
     assert_close(after, states, "float32")
 
 

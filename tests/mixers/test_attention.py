@@ -20,8 +20,8 @@ def make(config=AttentionConfig, d_model=D_MODEL, seed=0, **options):
     return config(**options).make(d_model, rngs=nnx.Rngs(seed))
 
 
-def inputs(length, batch=2, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, length, D_MODEL), np.float32))
+def inputs(length, batch=2):
+    return np.random.default_rng(1).standard_normal((batch, length, D_MODEL), np.float32)
 
 
 @nnx.jit
@@ -42,13 +42,13 @@ def apply_by_token(mixer, x, state, segment_ids):
 
 
 # Rows with padding at the left, in the middle and at the right, boundaries, an id that comes back.
-IDS = jnp.asarray(
+IDS = np.array(
     [
         [0, 0, 3, 3, 3, 0, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 5, 5, 5, 5],
         [1, 1, 1, 2, 2, 0, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0],
         [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4],
     ],
-    jnp.int32,
+    np.int32,
 )
 
 
@@ -56,35 +56,27 @@ IDS = jnp.asarray(
 def test_ring_drops_the_oldest_however_it_is_fed(dtype):
     """A cache of 5 slots: whole, in pieces and token by token; the cache's rounding is the same in each."""
     mixer, x = make(**SMALL), inputs(20, batch=3)
-    empty = mixer.init_state(3, 5, dtype=dtype)
+    empty = jax.device_get(mixer.init_state(3, 5, dtype=dtype))
     assert empty.keys.dtype == dtype
-    whole, state = apply(mixer, x, empty, IDS)
+    whole, state = jax.device_get(apply(mixer, x, empty, IDS))
     fed = {"tokens": apply_by_token(mixer, x, empty, IDS)}
     if dtype == jnp.float32:
         first, middle = apply(mixer, x[:, :10], empty, IDS[:, :10])
         second, end = apply(mixer, x[:, 10:], middle, IDS[:, 10:])
-        fed["pieces"] = jnp.concatenate([first, second], axis=1), end
-    as_float32 = functools.partial(jax.tree.map, lambda a: a.astype(jnp.float32))
+        fed["pieces"] = np.concatenate([first, second], axis=1), end
+    as_float32 = functools.partial(jax.tree.map, lambda a: np.asarray(a, np.float32))
     for name, (y, final) in fed.items():
         assert_close(y, whole, "float32", name)
         kind = "float32" if dtype == jnp.float32 else "bfloat16"
         assert_close(as_float32(final), as_float32(state), kind, f"state after {name}")
-    assert not jnp.any(whole[IDS == 0])
-    assert jnp.array_equal(state.position, jnp.asarray([4, 3, 20]))
-    assert jnp.array_equal(state.segment_id, jnp.asarray([5, 1, 4]))
-    assert not jnp.any(state.keys[1, 3:])  # what was in those slots belonged to an earlier document
+    assert not whole[IDS == 0].any()
+    assert state.position.tolist() == [4, 3, 20]
+    assert state.segment_id.tolist() == [5, 1, 4]
+    assert not state.keys[1, 3:].any()  # what was in those slots belonged to an earlier document
 
     if dtype == jnp.float32:  # and a capacity of 5 is a window of 5
         windowed = make(**SMALL, window=5)
         assert_close(apply(windowed, x, None, IDS)[0], whole, "float32", "window")
-
-
-def test_documents_alone():
-    mixer, x = make(**SMALL, qk_norm=True), inputs(20, batch=3)
-    together, _ = apply(mixer, x, None, IDS)
-    for row, start in ((1, 0), (1, 14), (0, 16)):  # row 1 has ids 1, 2, 1
-        alone, _ = apply(mixer, x[row : row + 1, start : start + 3])
-        assert_close(together[row, start : start + 3], alone[0], "float32")
 
 
 def test_decode_after_prefill_of_a_fresh_state():
@@ -93,29 +85,7 @@ def test_decode_after_prefill_of_a_fresh_state():
     _, state = apply(mixer, x[:, :6])
     assert state.keys.shape[1] == 6
     y, _ = apply(mixer, x[:, 6:], state)
-    assert_close(y, apply(make(**SMALL, window=6), x)[0][:, 6:], "float32")
-
-
-def test_gradients_through_the_ring():
-    """In x and in the keys of the state, across pieces that overwrite slots."""
-    mixer, x = make(**SMALL), inputs(9)
-    graph, params = nnx.split(mixer)
-    _, start = apply(mixer, inputs(4, seed=5))
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def gradients(cuts, params, x, keys):
-        def loss(params, x, keys):
-            mixer, state, total = nnx.merge(graph, params), start.replace(keys=keys), 0.0
-            for begin, end in zip((0, *cuts), (*cuts, x.shape[1]), strict=True):
-                y, state = mixer(x[:, begin:end], state)
-                total = total + jnp.sum(y * jnp.cos(y))
-            return total + jnp.sum(state.keys * state.values)
-
-        return jax.grad(loss, (0, 1, 2))(params, x, keys)
-
-    whole = gradients((), params, x, start.keys)
-    assert jnp.abs(whole[2]).max() > 1e-3
-    assert_close(gradients((8,), params, x, start.keys), whole, "float32 gradient")
+    assert_close(y, np.asarray(apply(make(**SMALL, window=6), x)[0])[:, 6:], "float32")
 
 
 def test_groups_are_repeated_heads():
@@ -124,26 +94,17 @@ def test_groups_are_repeated_heads():
     nnx.update(full.query, nnx.state(grouped.query))
     nnx.update(full.out, nnx.state(grouped.out))
     for name in ("key", "value"):
-        kernel = getattr(grouped, name).kernel[...].reshape(D_MODEL, 2, 8)
-        getattr(full, name).kernel[...] = jnp.repeat(kernel, 2, axis=1).reshape(D_MODEL, 32)
-    x = inputs(11)
+        kernel = np.asarray(getattr(grouped, name).kernel[...]).reshape(D_MODEL, 2, 8)
+        getattr(full, name).kernel[...] = jnp.asarray(np.repeat(kernel, 2, axis=1).reshape(D_MODEL, 32))
+    x = inputs(7)
     assert_close(apply(grouped, x)[0], apply(full, x)[0], "float32")
 
 
-def test_reference_equals_default():
-    x = inputs(12)
-    options = dict(**SMALL, window=5, soft_cap=1.5, qk_norm=True, positions="none")
-    for state in (None, make(**options).init_state(2, 8)):
-        both = [apply(make(**options, implementation=name), x, state) for name in (None, "reference")]
-        assert_close(*both, "float32")
-
-
-def test_bfloat16_compute():
+def test_bfloat16_computes_with_float32_parameters_and_caches_bfloat16():
     mixer = make(**SMALL, qk_norm=True, dtype=jnp.bfloat16)
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(nnx.state(mixer)))
-    y, state = apply(mixer, inputs(9))
+    y, state = jax.eval_shape(mixer, jnp.asarray(inputs(9)))
     assert y.dtype == state.keys.dtype == jnp.bfloat16
-    assert_close(y.astype(jnp.float32), apply(make(**SMALL, qk_norm=True), inputs(9))[0], "bfloat16")
 
 
 @pytest.mark.parametrize(("window", "slots"), [(None, 100), (16, 16), (300, 100)])
@@ -223,7 +184,7 @@ def test_capacity_must_be_positive():
 
 def load(case):
     layers = np.load(f"tests/golden/attention_{case}_mlp.npz")
-    return {name: jnp.asarray(a) for file in (layers, np.load(f"tests/golden/attention_{case}.npz"))
+    return {name: a for file in (layers, np.load(f"tests/golden/attention_{case}.npz"))
             for name, a in file.items()}  # fmt: skip
 
 
@@ -234,10 +195,10 @@ def rebuilt_model(weights, config, epsilon):
     for i in range(sum(name.endswith(".input_layernorm") for name in weights)):
         mixer = config.make(width, rngs=nnx.Rngs(0))
         for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
-            getattr(mixer, ours).kernel[...] = weights[f"{i}.self_attn.{theirs}"].T
+            getattr(mixer, ours).kernel[...] = jnp.asarray(weights[f"{i}.self_attn.{theirs}"].T)
         if config.qk_norm:
-            mixer.query_norm.scale[...] = weights[f"{i}.self_attn.q_norm"]
-            mixer.key_norm.scale[...] = weights[f"{i}.self_attn.k_norm"]
+            mixer.query_norm.scale[...] = jnp.asarray(weights[f"{i}.self_attn.q_norm"])
+            mixer.key_norm.scale[...] = jnp.asarray(weights[f"{i}.self_attn.k_norm"])
         mixers.append(mixer)
 
     def norm(x, scale):
@@ -277,11 +238,11 @@ def test_mistral_in_two_pieces():
     run, mixers = rebuilt_model(weights, config, epsilon=1e-5)
     states = [mixer.init_state(1, 100) for mixer in mixers]
     assert states[0].keys.shape[1] == 16
-    x = jnp.pad(weights["embedding"][weights["tokens"]], ((1, 0), (0, 0)))[None]
-    ids = jnp.ones((1, 68), jnp.int32).at[0, 0].set(0)
+    x = np.pad(weights["embedding"][weights["tokens"]], ((1, 0), (0, 0)))[None]
+    ids = (np.arange(68)[None] > 0).astype(np.int32)
     first, states = run(x[:, :34], states, ids[:, :34])
     second, _ = run(x[:, 34:], states, ids[:, 34:])
-    assert_close(jnp.concatenate([first, second], axis=1)[0, 1:], weights["logits"], "float32 oracle")
+    assert_close(np.concatenate([first, second], axis=1)[0, 1:], weights["logits"], "float32 oracle")
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0, "original_max_position_embeddings": 64}

@@ -27,8 +27,8 @@ def call(implementation, parameters, x, state=None, ids=None):
     return nnx.merge(build(implementation)[0], parameters)(x, state, ids)
 
 
-def activations(length, batch=2, seed=1):
-    return jax.random.normal(jax.random.key(seed), (batch, length, WIDTH))
+def activations(length, batch=2):
+    return jnp.asarray(np.random.default_rng(1).standard_normal((batch, length, WIDTH), np.float32))
 
 
 def with_gradients(function):
@@ -100,27 +100,6 @@ def test_forms_agree(other):
     assert_close(gradients, expected_gradients, "float32 gradient")
 
 
-def test_packing_restarts_positions_and_padding_changes_nothing():
-    """Documents with padding in the middle, packed across chunk boundaries and cut unevenly, equal each alone."""
-    run = jax.jit(functools.partial(call, "chunked"))
-    parameters, x = build("chunked")[1], activations(150, batch=1)
-    ids = np.zeros(150, np.int32)
-    ids[3:40], ids[45:70], ids[70:132] = 1, 1, 2  # padding: 0-2, 40-44, 132-149
-    packed, state = run(parameters, x, None, jnp.asarray(ids)[None])
-    for document in (1, 2):
-        at = np.flatnonzero(ids == document)
-        alone, alone_state = run(parameters, x[:, at])
-        assert_close(packed[:, at], alone, "float32")
-        if document == 2:
-            assert_close(state.replace(segment_id=alone_state.segment_id), alone_state, "float32")
-    assert_close(packed[:, ids == 0], np.zeros((1, 26, WIDTH)), "exact")
-    cut, outputs = None, []
-    for start, end in ((0, 1), (1, 149), (149, 150)):
-        y, cut = run(parameters, x[:, start:end], cut, jnp.asarray(ids)[None, start:end])
-        outputs.append(y)
-    assert_close((jnp.concatenate(outputs, axis=1), cut), (packed, state), "float32")
-
-
 def test_positions_far_out():
     """Retention sees distances only: a document at position 1,000,000 gives what it gives at 0."""
     mixer = nnx.merge(*build())
@@ -144,13 +123,17 @@ def test_torchscale():
         y, state = nnx.merge(graph, parameters)(x)
         return y, state.retention
 
-    (y, retention), pullback = jax.vjp(jax.jit(run), parameters, golden["x"])
+    @jax.jit
+    def with_gradients(parameters, x, cotangent):
+        (y, retention), pullback = jax.vjp(run, parameters, x)
+        return y, retention, pullback((cotangent, jnp.zeros_like(retention)))
+
+    y, retention, (gradients, dx) = with_gradients(parameters, golden["x"], golden["ct"])
     for form in ("parallel", "chunkwise", "recurrent"):
         assert_close(y, golden[f"y_{form}"], "float32 oracle")
     # Its state holds K^-0.5 S / sqrt(1 + gamma + gamma^2 + ...), transposed.
     scaled = retention * 8**-0.5 * (golden["rec_scale"] ** -0.5)[None, :, None, None]
     assert_close(jnp.swapaxes(scaled, 2, 3), golden["rec_prev_key_value"], "float32 oracle")
-    gradients, dx = pullback((golden["ct"], jnp.zeros_like(retention)))
     assert_close(dx, golden["d_x"], "float32 oracle")
     for ours, theirs in names.items():
         assert_close(gradients[ours]["kernel"][...], golden[f"d_{theirs}_proj.weight"].T, "float32 oracle")
@@ -168,12 +151,12 @@ def test_flash_linear_attention_model():
     order = (width * np.arange(heads)[:, None] + pairs[None]).reshape(-1)
 
     def norm(x, name):
-        return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * golden[name][None, None]
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + np.float32(1e-6)) * golden[name]
 
     def linear(x, name):
         return x @ golden[name].T
 
-    x = jnp.asarray(golden["embedded"])[None]
+    x = golden["embedded"][None]
     for layer in ("layers.0", "layers.1"):
         config = RetNetConfig(num_heads=heads, rotation_base=10_000.0 ** (1 - 2 / width))
         mixer = config.make(heads * width, rngs=nnx.Rngs(0))
@@ -184,9 +167,10 @@ def test_flash_linear_attention_model():
         mixer.gate_proj.kernel.set_value(jnp.asarray(kernels["g"]))
         scale = np.tile(golden[f"{layer}.attn.g_norm_swish_gate"], heads)
         mixer.out_proj.kernel.set_value(jnp.asarray(scale[:, None] * kernels["o"]))
-        x = x + jax.jit(lambda x, mixer=mixer: mixer(x)[0])(norm(x, f"{layer}.attn_norm"))
+        x = x + np.asarray(jax.jit(lambda x, mixer=mixer: mixer(x)[0])(norm(x, f"{layer}.attn_norm")))
         h = norm(x, f"{layer}.mlp_norm")
-        h = nnx.silu(linear(h, f"{layer}.mlp.gate_proj")) * linear(h, f"{layer}.mlp.up_proj")
+        gate = linear(h, f"{layer}.mlp.gate_proj")
+        h = gate / (1 + np.exp(-gate)) * linear(h, f"{layer}.mlp.up_proj")
         x = x + linear(h, f"{layer}.mlp.down_proj")
     assert_close(linear(norm(x, "norm"), "lm_head")[0], golden["logits"], "float32 oracle")
 

@@ -16,15 +16,20 @@ def model():
 
 @pytest.fixture(scope="module")
 def prompt():
-    return jax.random.randint(jax.random.key(0), (2, 9), 1, 31, jnp.int32)
+    return jnp.asarray(np.random.default_rng(0).integers(1, 31, (2, 9), np.int32))
+
+
+@nnx.jit
+def run(model, *args):
+    return model(*args)
 
 
 def by_hand(model, prompt, count):
     """Greedy decoding that computes the whole sequence again for every token: the places not yet filled are later."""
     length = prompt.shape[1]
-    tokens = np.pad(prompt, ((0, 0), (0, count)))
+    tokens = np.pad(np.asarray(prompt), ((0, 0), (0, count)))
     for end in range(length, length + count):
-        logits, _ = model(jnp.asarray(tokens))
+        logits = np.asarray(run(model, tokens)[0])
         tokens[:, end] = np.argmax(logits[:, end - 1], -1)
     return tokens[:, length:]
 
@@ -37,7 +42,7 @@ def test_greedy_equals_decoding_without_a_state(model, prompt):
 
 def test_goes_on_from_a_state(model, prompt):
     whole, _ = lcr.generate(model, prompt, max_new_tokens=4)
-    _, states = model(prompt[:, :5], model.init_states(2, 16))
+    _, states = run(model, prompt[:, :5], model.init_states(2, 16))
     first, states = lcr.generate(model, prompt[:, 5:], max_new_tokens=1, states=states)
     np.testing.assert_array_equal(first, whole[:, :1])
     # The states have read the new token too: the next call begins with the one after it.
@@ -47,22 +52,24 @@ def test_goes_on_from_a_state(model, prompt):
 
 
 def test_rows_of_unequal_length_are_padded_anywhere(model, prompt):
-    generated, _ = lcr.generate(model, prompt[:1, :6], max_new_tokens=3)
+    generated, _ = lcr.generate(model, prompt[:, :6], max_new_tokens=4)
+    expected = by_hand(model, prompt, 4)
     for at in (slice(0, 6), slice(3, 9)):
-        padded = prompt.at[0].set(7).at[0, at].set(prompt[0, :6])
-        segment_ids = jnp.ones_like(prompt).at[0].set(0).at[0, at].set(1)
-        mixed, _ = lcr.generate(model, padded, max_new_tokens=3, segment_ids=segment_ids)
-        np.testing.assert_array_equal(mixed[:1], generated)
-        np.testing.assert_array_equal(mixed[1:], by_hand(model, prompt[1:], 3))
+        padded, segment_ids = np.array(prompt), np.ones((2, 9), np.int32)
+        padded[0], segment_ids[0] = 7, 0
+        padded[0, at], segment_ids[0, at] = prompt[0, :6], 1
+        mixed, _ = lcr.generate(model, jnp.asarray(padded), max_new_tokens=4, segment_ids=jnp.asarray(segment_ids))
+        np.testing.assert_array_equal(mixed[0], generated[0])
+        np.testing.assert_array_equal(mixed[1], expected[1])
 
 
 def test_sampling_follows_its_key_and_temperature(model, prompt):
     def sample(seed, temperature):
-        return lcr.generate(model, prompt, max_new_tokens=8, temperature=temperature, key=jax.random.key(seed))[0]
+        return lcr.generate(model, prompt, max_new_tokens=4, temperature=temperature, key=jax.random.key(seed))[0]
 
     np.testing.assert_array_equal(sample(1, 1.0), sample(1, 1.0))
     assert (np.asarray(sample(1, 1.0)) != np.asarray(sample(2, 1.0))).any()
-    np.testing.assert_array_equal(sample(1, 1e-6), lcr.generate(model, prompt, max_new_tokens=8)[0])
+    np.testing.assert_array_equal(sample(1, 1e-6), lcr.generate(model, prompt, max_new_tokens=4)[0])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-import functools
 import inspect
 import logging
 import pathlib
@@ -7,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import OPTIMIZED
 from pallas_kernels.linear_attention import api, linear_attention
 from pallas_kernels.linear_attention.chunked import CHUNK
 from pallas_kernels.linear_attention.shapes import SHAPES, Shape
@@ -44,8 +44,7 @@ def document_ids(length, row, random):
     return ids
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "scale"))
-def outputs_and_gradients(inputs, ids, cotangents, implementation, scale=None):
+def with_gradients(inputs, ids, cotangents, implementation, scale=None):
     def run(inputs):
         inputs = dict(inputs)
         positional = [inputs.pop(name) for name in ("q", "k", "v", "log_decay")]
@@ -57,13 +56,15 @@ def outputs_and_gradients(inputs, ids, cotangents, implementation, scale=None):
     return outputs, pullback(cotangents)[0]
 
 
+outputs_and_gradients = jax.jit(with_gradients, static_argnames=("implementation", "scale"))
+fast_outputs_and_gradients = jax.jit(with_gradients, static_argnames="implementation", compiler_options=OPTIMIZED)
+
+
 @pytest.mark.parametrize(
     ("shape", "packed"),
     [
         (SHAPES["ragged"], False),
-        (SHAPES["ragged_short"], True),
         (Shape(B=2, T=200, H=3, K=4, V=6, decay="head"), True),
-        (Shape(B=2, T=130, H=2, K=5, V=3, decay="none"), False),
         (Shape(B=3, T=1, H=2, K=4, V=6), True),
     ],
     ids=lambda x: f"T{x.T}-{x.decay}" if isinstance(x, Shape) else "packed" if x else "",
@@ -109,18 +110,6 @@ def test_float64():
         assert_close((outputs, gradients), expected, "float64")
 
 
-def test_bfloat16():
-    inputs, ids, cotangents = make(Shape(B=2, T=128, H=2, K=8, V=8))
-    rounded = {k: v.astype(jnp.bfloat16) if k in ("q", "k", "v") else v for k, v in inputs.items()}
-    cotangents = (cotangents[0].astype(jnp.bfloat16), cotangents[1])
-    outputs, gradients = outputs_and_gradients(rounded, ids, cotangents, "chunked")
-    assert outputs[0].dtype == jnp.bfloat16 and outputs[1].dtype == jnp.float32
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (rounded, cotangents))
-    expected_outputs, expected_gradients = outputs_and_gradients(exact[0], ids, exact[1], "reference")
-    assert_close(outputs, expected_outputs, "bfloat16")
-    assert_close(gradients, expected_gradients, "bfloat16 gradient")
-
-
 GATES = {
     "slow": lambda random, T: np.full(T, -1e-6),
     "fast": lambda random, T: np.full(T, -20.0),
@@ -137,20 +126,21 @@ def test_extreme_gates_over_a_long_sequence():
     inputs, ids, cotangents = make(Shape(B=1, T=length, H=len(GATES), K=width, V=width))
     gates = np.stack([gate(random, length) for gate in GATES.values()], axis=1)
     inputs["log_decay"] = jnp.asarray(gates[None], jnp.float32)
-    outputs, gradients = outputs_and_gradients(inputs, ids, cotangents, "chunked")
+    outputs, gradients = jax.device_get(fast_outputs_and_gradients(inputs, ids, cotangents, "chunked"))
     with jax.enable_x64(True):
-        exact, exact_cotangents = jax.tree.map(lambda x: x.astype(jnp.float64), (inputs, cotangents))
+        exact, exact_cotangents = jax.tree.map(np.float64, (inputs, cotangents))
         names = ("q", "k", "v", "log_decay", "initial_state")
         expected = jax.jit(lambda *args: api.IMPLEMENTATIONS["reference"](*args, None, width**-0.5))(
             *[exact[name] for name in names]
         )
-        _, expected_gradients = outputs_and_gradients(exact, ids, exact_cotangents, "chunked")
+        expected = jax.device_get(expected)
+        _, expected_gradients = jax.device_get(fast_outputs_and_gradients(exact, ids, exact_cotangents, "chunked"))
     for head, kind in enumerate(GATES):
         assert_close(outputs[0][:, :, head], expected[0][:, :, head], "float32", kind)
         assert_close(outputs[1][:, head], expected[1][:, head], "float32", kind)
         for name, gradient in gradients.items():
             axis = 1 if name == "initial_state" else 2
-            found, wanted = (jnp.take(g, head, axis=axis) for g in (gradient, expected_gradients[name]))
+            found, wanted = (np.take(g, head, axis=axis) for g in (gradient, expected_gradients[name]))
             assert_close(found, wanted, "float32 gradient", f"{kind} d{name}")
 
 
