@@ -67,7 +67,7 @@ def get_config(variant: str = "mamba") -> ConfigDict:
     with config.unlocked(), config.ignore_type():
         if name in MIXERS:
             config.optimizer.learning_rate, config.model.d_ff, options = MIXERS[name]
-            layers = {"mixers": (name, name), "mixer_options": {name: options}}
+            layers = {"mixers": (name, name), "mixer_options": {name: options} if options else {}}
         else:
             config.optimizer.learning_rate, config.model.d_model, config.model.d_ff, options = HYBRIDS[name]
             layers = lcr.hybrid(name, **options)
