@@ -18,15 +18,27 @@ def refused(mixer, message, *args):
         call(mixer, jnp.zeros((ROWS, LENGTH, WIDTH)), *args)
 
 
+def make(name):
+    """Shapes do: a call is refused before anything is computed."""
+    return nnx.eval_shape(lambda: lcr.make_mixer(name, WIDTH, rngs=nnx.Rngs(0)))
+
+
+def empty(mixer, rows):
+    return jax.eval_shape(lambda: mixer.init_state(rows, LENGTH))
+
+
+def widen(leaf):
+    return jax.ShapeDtypeStruct((*leaf.shape[:-1], 2 * leaf.shape[-1]), leaf.dtype) if leaf.ndim > 1 else leaf
+
+
 @pytest.mark.parametrize("name", lcr.MIXERS)
 def test_every_mixer_names_what_is_wrong(name):
-    mixer = lcr.make_mixer(name, WIDTH, rngs=nnx.Rngs(0))
-    own = mixer.init_state(ROWS, LENGTH)
-    other = lcr.make_mixer("mamba" if name == "retnet" else "retnet", WIDTH, rngs=nnx.Rngs(0)).init_state(ROWS, LENGTH)
+    mixer = make(name)
+    own, other = empty(mixer, ROWS), empty(make("mamba" if name == "retnet" else "retnet"), ROWS)
     refused(mixer, f"state: a {type(other).__name__}, expected a {type(own).__name__}", other)
     refused(mixer, rf"state: \(a .*\), expected a {type(own).__name__}", (own, own))
-    refused(mixer, "state: of a batch of 2 rows, x has 3 rows", mixer.init_state(2, LENGTH))
-    wider = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf], axis=-1) if leaf.ndim > 1 else leaf, own)
+    refused(mixer, "state: of a batch of 2 rows, x has 3 rows", empty(mixer, 2))
+    wider = jax.tree.map(widen, own)
     refused(mixer, r"state\.[\w.]+: of shape \(3, .*expected \(3, .*other sizes or options", wider)
     ids = jnp.ones((ROWS, LENGTH + 1), jnp.int32)
     refused(mixer, r"segment_ids: of shape \(3, 5\), expected \(3, 4\)", None, ids)

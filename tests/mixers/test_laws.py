@@ -28,14 +28,14 @@ from tolerances import assert_close
 BATCH, LENGTH, WIDTH = 3, 24, 32
 CAPACITY = LENGTH  # so with what a state has read before, caches overflow in row 2 and become windows
 
-# Every entry, with options where its defaults would test less: the presets of attention are one module, "attention" even
-# the same as "mha", and twenty-four tokens fit into one segment of "infini".
+# Every entry, with options where its defaults would test less: the four of attention are one module with the same
+# defaults but for the number of key-value heads, and twenty-four tokens fit into one segment of "infini".
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
+    "mha": ("mha", {"positions": "xpos"}),
     "mqa": ("mqa", {"positions": "alibi"}),
     "gqa": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
     "infini": ("infini", {"segment_length": 5, "update": "delta"}),
-    "mha, xpos": ("mha", {"positions": "xpos"}),
 }
 
 # Rows of documents: padding on the left, in the middle, on the right; an id that comes back; one long document.
@@ -55,16 +55,11 @@ class Built:
     """A mixer with its parameters, and what the laws ask of it, compiled once per length; in and out go NumPy arrays."""
 
     def __init__(self, case, dtype, implementation, width):
-        name, options = CASES[case]
-        options = options | ({} if implementation is None else {"implementation": implementation})
         self.dtype = jnp.dtype(dtype)
-        self.mixer = lcr.make_mixer(name, width, rngs=nnx.Rngs(0), dtype=self.dtype, **options)
-        self.graph, parameters = nnx.split(self.mixer)
-        # Away from the special values (zeros, ones) that initialisers give.
-        leaves, tree = jax.tree.flatten(parameters)
-        rng = np.random.default_rng(1)
-        leaves = [jnp.asarray(np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32)) for leaf in leaves]
-        self.parameters = jax.tree.unflatten(tree, leaves)
+        options = {"dtype": self.dtype} | ({} if implementation is None else {"implementation": implementation})
+        self.mixer = nnx.eval_shape(lambda: make(case, width, **options))
+        self.graph, _ = nnx.split(self.mixer)
+        self.parameters = parameters_of(case, width)
         self._call = jax.jit(self.apply)
         self._pull = jax.jit(self.pull)
 
@@ -132,6 +127,20 @@ def cut(array, cuts):
     return [array[:, a:b] for a, b in zip([0, *cuts], ends, strict=True)]
 
 
+def make(case, width, **options):
+    name, of_case = CASES[case]
+    return lcr.make_mixer(name, width, rngs=nnx.Rngs(0), **of_case, **options)
+
+
+@functools.cache
+def parameters_of(case, width):
+    """Away from the special values (zeros, ones) that initialisers give."""
+    leaves, tree = jax.tree.flatten(nnx.split(make(case, width))[1])
+    rng = np.random.default_rng(1)
+    leaves = [jnp.asarray(np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32)) for leaf in leaves]
+    return jax.tree.unflatten(tree, leaves)
+
+
 @functools.cache
 def build(case, dtype="float32", implementation=None, width=WIDTH) -> Built:
     return Built(case, dtype, implementation, width)
@@ -177,6 +186,7 @@ def case(request):
     """All laws of one case are tested before the next, so that its programs need not be kept."""
     yield request.param
     build.cache_clear()
+    parameters_of.cache_clear()
     jax.clear_caches()
 
 
