@@ -14,6 +14,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook(["lcr", "pallas_kernels"], "beartype.beartype")
 
 
+SLOWEST = ("test_killed.py", "test_notebooks.py")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest by itself goes first, so that no worker waits for another's last test."""
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Every program compiled for a CPU holds memory maps, of which a process may have some 65,000: kept for the whole
