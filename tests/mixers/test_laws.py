@@ -216,14 +216,9 @@ def test_no_state(case):
     """`state=None` equals a fresh state with room for the call's tokens, in which the first document has the id 1."""
     built = build(case)
     x, state = inputs(), built.init_state(LENGTH)
-    named = np.ones((BATCH, LENGTH), np.int32)
-    outputs = built.call(x, state, named)
-    cotangents = (inputs(4), no_cotangent(outputs[1]))
-    none, (*of_none, _) = built.pull_back(x, None, None, cotangents)
-    assert_close(none, outputs, "float32")
-    assert_close(built.call(x, state, None), outputs, "float32")
-    _, (*expected, _) = built.pull_back(x, state, named, cotangents)
-    assert_close(of_none, expected, "float32 gradient")
+    expected = built.call(x, state, np.ones((BATCH, LENGTH), np.int32))
+    assert_close(built.call(x, None, None), expected, "float32")
+    assert_close(built.call(x, state, None), expected, "float32")
 
 
 @pytest.mark.parametrize("end", [1, 13, 23])

@@ -241,18 +241,13 @@ def test_vmap_scan_and_remat():
 
 
 def test_memory_is_linear_in_length():
-    """Forward and backward together: temporaries of less than five times the inputs' bytes, at 4 and 16 k tokens."""
-
-    def temporary_bytes(length):
-        B, T, H, K, V, _ = shape = Shape(B=1, T=length, H=2, K=32, V=32, decay="vector")
-        inputs = jax.eval_shape(lambda: make(shape)[0])
-        cotangents = (jax.ShapeDtypeStruct((B, T, H, V), jnp.float32), jax.ShapeDtypeStruct((B, H, K, V), jnp.float32))
-        compiled = outputs_and_gradients.lower(inputs, None, cotangents, "chunked").compile()
-        return compiled.memory_analysis().temp_size_in_bytes / sum(x.size * 4 for x in inputs.values())
-
-    short, long = temporary_bytes(4096), temporary_bytes(16_384)
-    assert long < 5
-    assert long < 1.1 * short
+    """Forward and backward together: temporaries of less than five times the inputs' bytes, at 65,536 tokens. One
+    number for each pair of tokens would take 16 GiB."""
+    B, T, H, K, V, _ = shape = Shape(B=1, T=65_536, H=2, K=32, V=32, decay="vector")
+    inputs = jax.eval_shape(lambda: make(shape)[0])
+    cotangents = (jax.ShapeDtypeStruct((B, T, H, V), jnp.float32), jax.ShapeDtypeStruct((B, H, K, V), jnp.float32))
+    compiled = outputs_and_gradients.lower(inputs, None, cotangents, "chunked").compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * sum(x.size * 4 for x in inputs.values())
 
 
 def test_one_token_is_a_direct_step():
