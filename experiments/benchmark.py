@@ -1,7 +1,8 @@
 """Times the ops on this machine against their rivals, in one run: python -m experiments.benchmark cpu
 
     attention   ours, jax.nn.dot_product_attention, and PyTorch's SDPA where PyTorch is installed
-    scans       selective scan and retention: the default, the chunked form, the token loop, an associative scan
+    scans       every recurrence (scan_cases.py): the default, the chunked form, the token loop, an associative scan,
+                and the plain-JAX forms of jax-linear-attention where it is installed
     streaming   peak memory of reading 65,536 and 1,048,576 tokens through the state
 
 Times are medians in milliseconds, forms of one shape taken in turns, so that the ratios hold on a noisy machine;
@@ -9,6 +10,7 @@ peak memory is the process's high-water mark during the calls, above what it hel
 The results go to experiments/benchmarks/cpu.json; the tables of README.md are columns of what this prints.
 """
 
+import functools
 import json
 import os
 import platform
@@ -22,9 +24,8 @@ from typing import Any
 from absl import app, flags
 
 ATTENTION_LENGTHS = (2048, 4096, 8192, 16_384)
-SCAN_SHAPES = ((1, 4096, 512), (8, 4096, 512), (32, 256, 128))  # B, T, D of the selective scan, N = 16
-RETENTION_SHAPES = ((1, 4096, 4), (8, 4096, 4), (1, 4096, 16))  # B, T, H of retention, K = 64, V = 128
-DENSE_BYTES = 4 << 30  # a rival that would hold more than this in T x T scores is left out
+RIVALS = ("token loop", "associative", "jla")  # of a recurrence's default
+DENSE_BYTES = 4 << 30  # a rival that would hold more than this in T x T scores, or in states, is left out
 
 PARTS = flags.DEFINE_list("parts", ["attention", "scans", "streaming"], "Which parts to run.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of each form; the median counts.", lower_bound=1)
@@ -148,71 +149,31 @@ def torch_sdpa(arrays: tuple, backward: bool) -> dict[str, Callable[[], Any]]:
 
 
 def scans() -> list[dict[str, Any]]:
-    """The two recurrences against their own token loop and an associative scan over all tokens."""
-    import jax
-    import jax.numpy as jnp
-    from pallas_kernels import linear_attention, selective_scan
-
-    def associative(decay, update):
-        def combine(left, right):
-            return left[0] * right[0], right[0] * left[1] + right[1]
-
-        return jax.lax.associative_scan(combine, (decay, update), axis=1)[1]
-
-    def associative_selective_scan(x, dt, A, B, C):
-        states = associative(jnp.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None])
-        return jnp.einsum("btdn,btn->btd", states, C)
-
-    def associative_retention(q, k, v, log_decay):
-        update = jnp.einsum("bthk,bthv->bthkv", k, v)
-        decay = jnp.broadcast_to(jnp.exp(log_decay)[None, None, :, None, None], (*q.shape[:3], 1, 1))
-        return jnp.einsum("bthk,bthkv->bthv", q, associative(decay, update)) * q.shape[-1] ** -0.5
-
-    cases = []
-    for batch, length, width in SCAN_SHAPES:
-        keys = jax.random.split(jax.random.key(0), 5)
-        arguments = (
-            jax.random.normal(keys[0], (batch, length, width)),
-            jax.nn.softplus(jax.random.normal(keys[1], (batch, length, width)) - 3),
-            -jnp.exp(jax.random.normal(keys[2], (width, 16))),
-            jax.random.normal(keys[3], (batch, length, 16)),
-            jax.random.normal(keys[4], (batch, length, 16)),
-        )
-        shape = f"B {batch}, T {length}, D {width}, N 16"
-        cases.append(("selective_scan", shape, selective_scan, arguments, associative_selective_scan, width * 16))
-    for batch, length, heads in RETENTION_SHAPES:
-        keys = jax.random.split(jax.random.key(0), 3)
-        widths = (64, 64, 128)
-        arguments = tuple(
-            jax.random.normal(key, (batch, length, heads, w)) for key, w in zip(keys, widths, strict=True)
-        )
-        arguments += (jnp.log1p(-(2.0 ** -(5 + jnp.arange(heads, dtype=jnp.float32)))),)
-        shape = f"B {batch}, T {length}, H {heads}, K 64, V 128"
-        cases.append(("retention", shape, linear_attention, arguments, associative_retention, heads * 64 * 128))
+    """The recurrences: our default beside its chunked form, its token loop, an associative scan and another package."""
+    from experiments.scan_cases import all_cases
 
     rows = []
-    for name, shape, op, arguments, rival, state in cases:
-        states_bytes = 4 * arguments[0].shape[0] * arguments[0].shape[1] * state
+    for case in all_cases():
         for backward in (False, True):
             functions = {
-                "default": op_form(op, None),
-                "chunked": op_form(op, "chunked"),
-                "token loop": op_form(op, "reference"),
+                name: functools.partial(case.ours, implementation=implementation)
+                for name, implementation in (("default", None), ("chunked", "chunked"), ("token loop", "reference"))
             }
-            if states_bytes * (4 if backward else 2) <= DENSE_BYTES:
-                functions["associative"] = rival
-            found = in_turns(forms_of(functions, arguments, backward))
-            best = min(t for form, (t, _) in found.items() if form in ("token loop", "associative"))
-            row = {"op": name, "shape": shape, "pass": "forward + backward" if backward else "forward"}
+            if backward and 2 * case.state_bytes > DENSE_BYTES:
+                del functions["token loop"]
+            if case.state_bytes * (4 if backward else 2) <= DENSE_BYTES:
+                functions["associative"] = case.associative
+            if case.jla is not None:
+                functions["jla"] = case.jla
+            found = in_turns(forms_of(functions, case.arguments, backward))
+            row = {"op": case.op, "shape": case.shape, "pass": "forward + backward" if backward else "forward"}
             row |= {f"{form} ms": round(t, 1) for form, (t, _) in found.items()}
-            row["default / best rival"] = round(found["default"][0] / best, 2)
+            rivals = [t for form, (t, _) in found.items() if form in RIVALS]
+            if rivals:
+                row["default / best rival"] = round(found["default"][0] / min(rivals), 2)
             rows.append(row | {f"{form} peak MB": round(peak) for form, (_, peak) in found.items()})
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
-
-
-def op_form(op: Callable, implementation: str | None) -> Callable:
-    return lambda *arguments: op(*arguments, implementation=implementation)[0]
 
 
 def streaming() -> list[dict[str, Any]]:
