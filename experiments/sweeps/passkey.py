@@ -4,7 +4,7 @@
     python -m experiments.sweep --sweep=experiments/sweeps/passkey.py:mamba,retnet --workdir=runs/passkey
 
 Every architecture gets the configuration that experiments/configs/passkey.py has for it, and the same prompts, of up to
-256 times the training length; Mamba also those of a million tokens. `python -m experiments.comparison` adds what each
+256 times the training length; Mamba also those of a million tokens. `python -m experiments.costs` adds what each
 costs, and makes the table of README.md.
 """
 
@@ -14,6 +14,7 @@ from experiments.configs.passkey import ARCHITECTURES, get_config
 from lcr.mixers.interface import unknown_name
 
 MAX_LENGTH = 65_536
+MAX_TOKENS = 655_360  # of one length: at 65,536 tokens two prompts for each depth, at 16,384 eight
 A_MILLION = ("mamba",)
 
 
@@ -29,5 +30,6 @@ def get_sweep(only: str = "") -> list[ConfigDict]:
             raise ValueError(unknown_name("architecture", name, ARCHITECTURES))
         config = get_config(name)
         config.evaluation.max_length = 0 if name in A_MILLION else MAX_LENGTH
+        config.evaluation.max_tokens = MAX_TOKENS
         configs.append(config)
     return configs
