@@ -7,7 +7,7 @@ measures only what is missing):
 
     parameters            all of the model's
     state bytes           of one sequence after 65,536 tokens, in bfloat16 (recurrent accumulators are float32)
-    training tokens/s     median over the training run in <workdir>/<architecture>, compilation left out
+    training tokens/s     of an update by a batch of the longest training length; reading data is left out
     decoding tokens/s     one sequence, as configured, from a state that has room for 65,536 tokens
     decoding, late/early  time of a step at token 1,000,000 over that at token 1,000; of constant states only
     memory, 64K/4K        bytes that a training step needs beside its arguments, at 65,536 over 4,096 tokens
@@ -15,9 +15,11 @@ measures only what is missing):
 The table is printed and written to <workdir>/comparison.md, with the exact match of the sweep's rows at each length,
 all depths together.
 
-Exit codes: 0 all is done; 2 a mistake in the command.
+Exit codes: 0 all is done; 1 an architecture could not be measured; 2 a mistake in the command; 143 or 130 stopped by a
+signal.
 """
 
+import functools
 import json
 import statistics
 import sys
@@ -28,7 +30,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.flags import fail, load_sweep, run
+from experiments.flags import fail, load_sweep, read_json_lines, run
 
 SWEEP = flags.DEFINE_string("sweep", None, "The sweep: <file>.py or <file>.py:<architecture>,...")
 WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's folder; made if it is not there.")
@@ -37,6 +39,7 @@ flags.mark_flags_as_required(["sweep", "workdir"])
 
 COSTS, TABLE = "costs.jsonl", "comparison.md"
 HELD = 65_536  # tokens that a cache has room for
+EARLY, LATE = 1000, 1_000_000  # after so many tokens a step is timed
 DECODED = 32  # tokens in one timed call
 
 
@@ -51,7 +54,7 @@ def main() -> None:
         rows, _ = read_rows(workdir / RESULTS)
     except ResultsError as error:
         fail(str(error))
-    known = {(row["name"], row["configuration"]): row for row in costs_in(workdir / COSTS)}
+    known = {(row["name"], row["configuration"]): row for row in read_json_lines(workdir / COSTS)}
     for config in configs:
         key = config.name, configuration_digest(config)
         if key not in known:
@@ -61,24 +64,13 @@ def main() -> None:
                 stream.write(json.dumps(known[key]) + "\n")
     shown = [known[config.name, configuration_digest(config)] for config in configs]
     accuracy = {(one.row.architecture, one.row.configuration): one for one in select_series(rows)[0]}
-    text = table(shown, accuracy, {row["name"]: training_rate(workdir / row["name"]) for row in shown})
+    text = table(shown, accuracy)
     (workdir / TABLE).write_text(text + "\n")
     print(f"\n{text}\n\ntable  {workdir / TABLE}")
 
 
-def costs_in(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of costs; ends the program where one cannot be read."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            fail(f"{path}, line {number} cannot be read ({error}); delete the line, its architecture is measured again")
-    return rows
-
-
 def measure(config: ConfigDict) -> dict[str, Any]:
-    """The costs of one architecture, but for its training rate."""
+    """The costs of one architecture."""
     import jax
     from flax import nnx
 
@@ -92,6 +84,7 @@ def measure(config: ConfigDict) -> dict[str, Any]:
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param))),
         "state_bytes": state_bytes(make_abstract_model(rounded, vocabulary), HELD),
+        "training_tokens_per_second": training(config, model, vocabulary),
         **decoding(model, vocabulary, constant=state_bytes(abstract, 512) == state_bytes(abstract, 1024)),
         "memory_ratio": training_memory(model, HELD) / training_memory(model, 4096),
         "date": time.strftime("%Y-%m-%d"),
@@ -106,6 +99,34 @@ def state_bytes(model, capacity: int) -> int:
 
     graph, parameters = nnx.split(model)
     return lcr.state_bytes(jax.eval_shape(lambda p: nnx.merge(graph, p).init_states(1, capacity), parameters))
+
+
+def training(config: ConfigDict, model, vocabulary: int) -> float:
+    """Tokens per second of updates, as the trainer makes them."""
+    import jax
+    import numpy as np
+
+    from lcr.training.optimizer import make_optimizer, parameter_groups
+    from lcr.training.step import Functional, init_state, make_step, parameter_values, select_predictions
+
+    functional = Functional(model)
+    optimizer = make_optimizer(config.optimizer, config.training.steps, parameter_groups(functional.variables))
+    # the update is given its state to overwrite, so a copy of the parameters
+    state = init_state(jax.tree.map(lambda leaf: leaf.copy(), parameter_values(model)), optimizer, functional)
+    update = make_step(functional, optimizer, config.optimizer.accumulation)
+    length = max(config.data.lengths)
+    rows = max(1, config.data.batch_tokens // length)
+    tokens = np.random.default_rng(0).integers(1, vocabulary, (rows, length), np.int32)
+    predicted = np.zeros(tokens.shape, np.bool_)
+    predicted[:, -5:] = True
+    batch = select_predictions({"tokens": tokens, "loss_mask": predicted}, config.optimizer.accumulation)
+    seconds = []
+    for repeat in range(REPEATS.value + 1):
+        start = time.perf_counter()
+        state = jax.block_until_ready(update(state, batch))
+        if repeat:  # the first compiles
+            seconds.append(time.perf_counter() - start)
+    return tokens.size / statistics.median(seconds)
 
 
 def decoding(model, vocabulary: int, *, constant: bool) -> dict[str, Any]:
@@ -126,19 +147,20 @@ def decoding(model, vocabulary: int, *, constant: bool) -> dict[str, Any]:
 
         return jax.lax.scan(step, (states, token), None, length=DECODED)[0]
 
-    @jax.jit
-    def read(parameters, tokens, states):
-        return nnx.merge(graph, parameters)(tokens, states, logits_at=jnp.zeros((1, 0), jnp.int32))[1]
+    @functools.partial(jax.jit, static_argnames="times")
+    def read(parameters, tokens, states, times):
+        def once(states, _):
+            return nnx.merge(graph, parameters)(tokens, states, logits_at=jnp.zeros((1, 0), jnp.int32))[1], None
 
-    tokens = jnp.asarray(np.random.default_rng(0).integers(1, vocabulary, (1, 1000), np.int32))
-    early = read(parameters, tokens, model.init_states(1, HELD))
-    # The counter alone is set on: no mixer does more for larger numbers in its state, and a cache reads all its slots.
-    late = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.full_like(leaf, 1_000_000) if "position" in str(path[-1]) else leaf, early
-    )
-    seconds: dict[str, list[float]] = {"early": [], "late": []}
+        return jax.lax.scan(once, states, None, length=times)[0]
+
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, vocabulary, (1, EARLY), np.int32))
+    held = {"early": read(parameters, tokens, model.init_states(1, HELD), 1)}
+    if constant:
+        held["late"] = read(parameters, tokens, held["early"], LATE // EARLY - 1)
+    seconds: dict[str, list[float]] = {name: [] for name in held}
     for repeat in range(REPEATS.value + 1):
-        for name, states in (("early", early), ("late", late)):
+        for name, states in held.items():
             start = time.perf_counter()
             jax.block_until_ready(decode(parameters, states, tokens[:, :1]))
             if repeat:  # the first compiles
@@ -167,15 +189,7 @@ def training_memory(model, length: int) -> int:
     return jax.jit(jax.value_and_grad(loss)).lower(parameters, tokens).compile().memory_analysis().temp_size_in_bytes
 
 
-def training_rate(folder: Path) -> float | None:
-    """Median tokens per second of the run in `folder`; None if there is none."""
-    from lcr.training.metrics import METRICS, read_rows
-
-    rates = [row["tokens_per_second"] for row in read_rows(folder / METRICS)]
-    return statistics.median(rates) if rates else None
-
-
-def table(costs: list[dict], accuracy: dict, training: dict[str, float | None]) -> str:
+def table(costs: list[dict], accuracy: dict) -> str:
     """A Markdown table, a line for each architecture."""
     from lcr.evaluation.tables import write_bytes, write_length, write_percent, write_rate
 
@@ -183,12 +197,13 @@ def table(costs: list[dict], accuracy: dict, training: dict[str, float | None]) 
     columns = ["", "parameters", "state at 64K", "training tokens/s", "decoding tokens/s", "late/early", "memory 64K/4K"]
     lines = [[*columns, *(write_length(length) for length in lengths)], ["---"] + ["---:"] * (6 + len(lengths))]
     for row in costs:
-        series, rate = accuracy.get((row["name"], row["configuration"])), training[row["name"]]
+        series = accuracy.get((row["name"], row["configuration"]))
         cells = [write_percent(series.pooled(n).exact_match) if series and n in series.lengths else "–" for n in lengths]
         late = row["late_over_early"]
         lines.append([
-            row["name"], f"{row['parameters']:,}", write_bytes(row["state_bytes"]), write_rate(rate) if rate else "–",
-            write_rate(row["decoding_tokens_per_second"]), f"{late:.2f}" if late else "–", f"{row['memory_ratio']:.1f}",
+            row["name"], f"{row['parameters']:,}", write_bytes(row["state_bytes"]),
+            write_rate(row["training_tokens_per_second"]), write_rate(row["decoding_tokens_per_second"]),
+            f"{late:.2f}" if late else "–", f"{row['memory_ratio']:.1f}",
             *cells,
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

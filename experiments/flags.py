@@ -4,13 +4,14 @@ Nothing here imports JAX, so that `--help` answers at once; the programs import 
 """
 
 import errno
+import json
 import logging
 import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -60,6 +61,17 @@ class ConfigParser(flags.ArgumentParser):
 def fail(message: str, code: int = USAGE_ERROR) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, none if there is no file; ends the program where one cannot be read."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            fail(f"{path}, line {number} cannot be read ({error}); delete the line, what it held is measured again")
+    return rows
 
 
 def reported_errors() -> tuple[type[Exception], ...]:
@@ -115,7 +127,7 @@ def explain(message: str, argv: Sequence[str]) -> str:
 
 def check_overrides(argv: Sequence[str]) -> None:
     """The configuration file exists, and every `--config.<key>` is a key of it. Ends the program otherwise."""
-    from lcr.mixers.interface import unknown_name
+    from lcr.checks import unknown_name
     from lcr.training.config import flatten
 
     values = [b if a in ("--config", "-config") else a.split("=", 1)[1] for a, b in config_arguments(argv)]

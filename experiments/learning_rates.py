@@ -12,14 +12,14 @@ Exit codes: 0 all is done; 1 a run could not go on; 2 a mistake in the command; 
 
 import json
 import math
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.flags import fail, load_sweep, run
+from experiments.flags import fail, load_sweep, read_json_lines, run
 
 SWEEP = flags.DEFINE_string("sweep", None, "The sweep: <file>.py or <file>.py:<architecture>,...")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the short runs and their losses; made if not there.")
@@ -28,23 +28,27 @@ STEPS = flags.DEFINE_integer("steps", 200, "Steps of each run.", lower_bound=10)
 flags.mark_flags_as_required(["sweep", "workdir"])
 
 LOSSES = "learning_rates.jsonl"
+KEY = ("name", "learning_rate", "configuration", "steps")  # of a row; configuration: the digest of all that was set
 
 
 def main() -> None:
-    from lcr.training.metrics import read_rows
+    from lcr.evaluation.grid import configuration_digest
 
     values = [read_value(text) for text in VALUES.value]
-    configs = load_sweep(SWEEP.value)
+    if not values:
+        fail("--values: expected numbers above 0, parted by commas")
     path = Path(WORKDIR.value) / LOSSES
     path.parent.mkdir(parents=True, exist_ok=True)
-    for config in configs:
-        for value in values:
-            if all(key_of(row) != (config.name, STEPS.value, value) for row in losses_in(path)):
-                with path.open("a") as stream:
-                    loss = short_run(config, value, path.parent / config.name, read_rows)
-                    row = {"name": config.name, "steps": STEPS.value, "learning_rate": value, "loss": loss}
-                    stream.write(json.dumps(row) + "\n")
-    print(table([config.name for config in configs], values, losses_in(path)))
+    runs = {(config.name, value): short(config, value) for config in load_sweep(SWEEP.value) for value in values}
+    keys = {run: (*run, configuration_digest(config), STEPS.value) for run, config in runs.items()}
+    for (name, value), config in runs.items():
+        if keys[name, value] not in losses_in(path):
+            print(f"\n{name}, learning rate {value:g}", file=sys.stderr)
+            row = dict(zip(KEY, keys[name, value], strict=True)) | {"loss": loss_of(config, path.parent)}
+            with path.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+    losses = losses_in(path)
+    print(table(values, {run: losses[key] for run, key in keys.items()}))
 
 
 def read_value(text: str) -> float:
@@ -57,44 +61,40 @@ def read_value(text: str) -> float:
     return value
 
 
-def losses_in(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def losses_in(path: Path) -> dict[tuple, float | None]:
+    return {tuple(row[name] for name in KEY): row["loss"] for row in read_json_lines(path)}
 
 
-def key_of(row: dict) -> tuple:
-    return row["name"], row["steps"], row["learning_rate"]
-
-
-def short_run(config: ConfigDict, learning_rate: float, folder: Path, read_rows) -> float:
-    """The loss that `config` comes to with this learning rate; infinite where it is not finite on the way."""
-    from lcr.training.metrics import METRICS
-    from lcr.training.trainer import NonFiniteError, train
-
+def short(config: ConfigDict, learning_rate: float) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.optimizer.learning_rate = learning_rate
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, STEPS.value // 4)
     config.training.steps = config.training.checkpoint_every = STEPS.value
-    print(f"\n{config.name}, learning rate {learning_rate:g}", file=sys.stderr)
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-    try:
-        train(config, folder)
-    except NonFiniteError:
-        return math.inf
-    finally:
-        rows = read_rows(folder / METRICS)
-        shutil.rmtree(folder, ignore_errors=True)
-    last = [row["loss"] for row in rows if row["step"] > 0.8 * STEPS.value]
+    return config
+
+
+def loss_of(config: ConfigDict, folder: Path) -> float | None:
+    """The loss that a run comes to; None where it is not finite on the way. Its files are in `folder` until it ends."""
+    from lcr.training.metrics import METRICS, read_rows
+    from lcr.training.trainer import NonFiniteError, train
+
+    with tempfile.TemporaryDirectory(prefix="short_run_", dir=folder) as workdir:
+        try:
+            train(config, workdir)
+        except NonFiniteError:
+            return None
+        last = [row["loss"] for row in read_rows(Path(workdir) / METRICS) if row["step"] > 0.8 * STEPS.value]
     return sum(last) / len(last)
 
 
-def table(names: list[str], values: list[float], rows: list[dict]) -> str:
+def table(values: list[float], losses: dict[tuple[str, float], float | None]) -> str:
     """A line for each architecture: the loss at each value, and the best value."""
-    losses = {key_of(row): row["loss"] for row in rows}
     lines = ["".ljust(16) + "".join(f"{value:>10g}" for value in values) + "      best"]
-    for name in names:
-        of_name = [losses[name, STEPS.value, value] for value in values]
-        best = values[of_name.index(min(of_name))]
-        lines.append(name.ljust(16) + "".join(f"{loss:>10.4f}" for loss in of_name) + f"{best:>10g}")
+    for name in dict.fromkeys(name for name, _ in losses):
+        found = [losses[name, value] for value in values]
+        finite = [(loss, value) for loss, value in zip(found, values, strict=True) if loss is not None]
+        cells = ["–" if loss is None else f"{loss:.4f}" for loss in found] + [f"{min(finite)[1]:g}" if finite else "–"]
+        lines.append(name.ljust(16) + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -4,8 +4,11 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 logger = logging.getLogger("pallas_kernels")
 
@@ -28,6 +31,18 @@ def choose(op: str, implementations: Mapping[str, Callable], name: str | None, d
 @functools.cache
 def _log_once(op: str, name: str) -> None:
     logger.info("%s: using the %r implementation", op, name)
+
+
+def compute_dtype(arguments: Mapping[str, Any]) -> Any:
+    """float64 if any of the arrays is, else float32. arguments: arrays, or pytrees of them, by name; or None.
+
+    Raises: ValueError for an array that is not of a float dtype: cast to one, it would be returned truncated.
+    """
+    dtypes = {name: leaf.dtype for name, tree in arguments.items() for leaf in jax.tree.leaves(tree)}
+    for name, dtype in dtypes.items():
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{name}: dtype {dtype}; expected a float dtype")
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes.values() else np.float32)
 
 
 def loop_forward(loop: Callable, chunked: Callable, scale_at: int | None = None) -> Callable:

@@ -11,7 +11,7 @@ Two layers of width 64, eight experts, one for each token, whose weight is its p
 
 from ml_collections import ConfigDict
 
-from lcr.mixers.interface import unknown_name
+from lcr.checks import unknown_name
 from lcr.training.config import default_config
 
 VARIANTS = ("none", "loss", "bias")

@@ -11,7 +11,7 @@ costs, and makes the table of README.md.
 from ml_collections import ConfigDict
 
 from experiments.configs.passkey import ARCHITECTURES, get_config
-from lcr.mixers.interface import unknown_name
+from lcr.checks import unknown_name
 
 MAX_LENGTH = 65_536
 MAX_TOKENS = 655_360  # of one length: at 65,536 tokens two prompts for each depth, at 16,384 eight

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, Int32
 
-from lcr.mixers.interface import unknown_name
+from lcr.checks import unknown_name
 
 PADDING = 0
 

@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int32, Integer
 
-from lcr.mixers.interface import check_whole, state_bytes
+from lcr.checks import check_whole
+from lcr.mixers.interface import state_bytes
 from lcr.typing import Array, Float, Int
 
 NOT_FINITE = -1  # stands for the token where the logits have NaN or infinity: never a right answer

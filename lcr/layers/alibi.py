@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lcr.mixers.interface import check_whole
+from lcr.checks import check_whole
 
 
 def alibi_slopes(heads: int) -> np.ndarray:

@@ -44,14 +44,17 @@ def slot_positions(position: Int[Array, "B"], slots: int) -> tuple[Int[Array, "B
 
 def attend_slots(
     q: Float[Array, "B 1 H K"], keys: Float[Array, "B S G K"], values: Float[Array, "B S G V"],
-    segments: Segments, attend: Callable = attention, **options: Any,
+    segments: Segments, window: int | None = None, attend: Callable = attention, **options: Any,
 ) -> Float[Array, "B 1 H V"]:  # fmt: skip
     """One new token, already in its slot: it sees every slot written, and no copy of the cache is made.
 
+    window: how many tokens it sees, where the cache may hold more of them; None: all.
     attend: the op that computes it, of the signature of `attention`; here and below it is given documents as they
         are (`kv_segment_ids` too) and positions that count the row's real tokens, the first of the call being 0.
     """
     positions, written = slot_positions(segments.position, keys.shape[1])
+    if window is not None:
+        written &= positions >= segments.position[:, None] - window
     valid = jnp.ones(q.shape[:2], bool) if segments.ids is None else segments.ids != 0
     return attend(
         q,

@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from lcr.checks import check_call, check_compute, check_flags, check_whole
 from lcr.layers.segments import read_segments
 from lcr.layers.token_shift import token_shift
-from lcr.mixers.interface import check_call, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -26,6 +26,8 @@ class ChannelMixingConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
+        check_compute(self.dtype, None, ())
+        check_flags(receptance=self.receptance)
         if self.d_ff is not None:
             check_whole(d_ff=self.d_ff)
 

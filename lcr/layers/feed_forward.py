@@ -5,10 +5,10 @@ from typing import Any
 
 from flax import nnx
 
+from lcr.checks import unknown_name
 from lcr.layers.channel_mixing import ChannelMixing, ChannelMixingConfig
 from lcr.layers.mlp import SwiGLU, default_d_ff
 from lcr.layers.moe import MoE, MoEConfig
-from lcr.mixers.interface import unknown_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,8 @@ def feed_forward_config(name: str, **options: Any) -> Any:
     Raises: ValueError for an unknown option (naming the nearest known one) and for a bad value.
     """
     config = FEED_FORWARDS[name]
-    known = [] if config is None else [field.name for field in dataclasses.fields(config)]
+    # the compute dtype is the model's
+    known = [] if config is None else [field.name for field in dataclasses.fields(config) if field.name != "dtype"]
     for option in options:
         if option not in known:
             raise ValueError(unknown_name(f"option of feed-forward {name!r}:", option, known))

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from lcr.checks import check_choice, check_flags, check_positive, check_whole, is_number
 from lcr.layers.mlp import SwiGLU
-from lcr.mixers.interface import check_choice, check_positive, check_whole
 from lcr.typing import Activations, Array, Bool, Float, Int, Leaf, SegmentIds
 
 
@@ -20,6 +20,9 @@ class MoEConfig:
     d_expert: width of each expert; None: the model's feed-forward width over top_k, so that a token costs the same.
     num_shared: experts that every token goes through, as one SwiGLU of num_shared d_expert.
     scoring: "softmax" over the experts (arXiv 2101.03961) or "sigmoid" of each (DeepSeek-V3, arXiv 2412.19437).
+    num_groups, top_groups: the experts stand in so many equal groups, and a token chooses from its best top_groups of
+        them: by a group's best score (softmax; DeepSeek-V2, 2405.04434, section 2.2.2), or by the sum of its two best
+        (sigmoid; DeepSeek-V3, section 2.1.2 and its code).
     normalize: whether a token's k weights are divided by their sum. weight_scale: by which they are then multiplied.
     balance: "none"; "loss": the auxiliary loss of Switch (2101.03961, equation 4), times balance_weight; "bias": no
         loss, but a bias on the scores, in the choice alone, that sinks by bias_rate a step where an expert's load is
@@ -32,6 +35,8 @@ class MoEConfig:
     d_expert: int | None = None
     num_shared: int = 0
     scoring: str = "softmax"
+    num_groups: int = 1
+    top_groups: int = 1
     normalize: bool = True
     weight_scale: float = 1.0
     balance: str = "loss"
@@ -41,6 +46,8 @@ class MoEConfig:
 
     def __post_init__(self):
         check_whole(num_experts=self.num_experts, top_k=self.top_k)
+        check_whole(num_groups=self.num_groups, top_groups=self.top_groups)
+        check_flags(normalize=self.normalize)
         if self.d_expert is not None:
             check_whole(d_expert=self.d_expert)
         check_positive(weight_scale=self.weight_scale, balance_weight=self.balance_weight, bias_rate=self.bias_rate)
@@ -48,9 +55,19 @@ class MoEConfig:
         check_choice("balance", self.balance, ("none", "loss", "bias"))
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k}: expected at most num_experts={self.num_experts}")
-        for name in ("num_shared", "z_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected 0 or above")
+        if self.num_shared != 0:
+            check_whole(num_shared=self.num_shared)
+        if not is_number(self.z_weight) or self.z_weight < 0:
+            raise ValueError(f"z_weight={self.z_weight!r}: expected a number, 0 or above")
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"num_groups={self.num_groups}: expected a divisor of num_experts={self.num_experts}")
+        if self.top_groups > self.num_groups:
+            raise ValueError(f"top_groups={self.top_groups}: expected at most num_groups={self.num_groups}")
+        if self.top_k > self.top_groups * (self.num_experts // self.num_groups):
+            raise ValueError(
+                f"top_k={self.top_k}: expected at most the {self.num_experts // self.num_groups} experts of each of "
+                f"top_groups={self.top_groups} groups"
+            )
 
 
 @struct.dataclass
@@ -109,11 +126,23 @@ class MoE(nnx.Module):
         biased = scores
         if self.config.balance == "bias":
             biased = scores + jax.lax.stop_gradient(self.selection_bias[...])[None]
+        if self.config.top_groups < self.config.num_groups:
+            biased = self.of_the_best_groups(biased)
         chosen = jax.lax.top_k(biased, self.config.top_k)[1].astype(jnp.int32)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.config.normalize:
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
         return chosen, weights * self.config.weight_scale
+
+    def of_the_best_groups(self, scores: Float[Array, "n E"]) -> Float[Array, "n E"]:
+        """The scores, -inf outside of each token's best groups."""
+        config = self.config
+        groups = scores.reshape(len(scores), config.num_groups, -1)
+        counted = 1 if config.scoring == "softmax" else min(2, groups.shape[-1])
+        worth = jax.lax.top_k(groups, counted)[0].sum(axis=-1)
+        best = jax.lax.top_k(worth, config.top_groups)[1]
+        allowed = (best[..., None] == jnp.arange(config.num_groups)[None, None]).any(axis=1)
+        return jnp.where(allowed[..., None], groups, -jnp.inf).reshape(scores.shape)
 
     def experts(
         self, x: Float[Array, "n D"], chosen: Int[Array, "n k"], weights: Float[Array, "n k"]

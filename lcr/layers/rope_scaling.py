@@ -17,12 +17,19 @@ from typing import Any
 import numpy as np
 from flax.core import FrozenDict
 
-from lcr.mixers.interface import check_choice, check_positive, check_whole, unknown_name
+from lcr.checks import check_choice, check_positive, check_whole, unknown_name
 
 
 def rope_frequencies(width: int, base: float = 10_000.0) -> np.ndarray:
     """`base ** (-2 i / width)` for i in 0 .. width/2 - 1 (arXiv 2104.09864, 3.3.2), radians per token; float64."""
     return np.float64(base) ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+
+
+def check_rope_base(base: object) -> None:
+    """Raises: ValueError for a base that is no number above 1: the pairs would turn no slower, or ever faster."""
+    check_positive(rope_base=base)
+    if base <= 1:
+        raise ValueError(f"rope_base={base!r}: expected a number above 1, such as 10000.0")
 
 
 def mscale(factor: float, weight: float = 1.0) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 
+from lcr.checks import check_whole, unknown_name
 from lcr.mixers.attention import AttentionConfig, GQAConfig, MHAConfig, MQAConfig
 from lcr.mixers.deltanet import DeltaNetConfig
 from lcr.mixers.gated_deltanet import GatedDeltaNetConfig
@@ -12,7 +13,6 @@ from lcr.mixers.gla import GLAConfig
 from lcr.mixers.infini import InfiniConfig
 from lcr.mixers.interface import Mixer as Mixer
 from lcr.mixers.interface import MixerConfig as MixerConfig
-from lcr.mixers.interface import check_whole, unknown_name
 from lcr.mixers.interface import state_bytes as state_bytes
 from lcr.mixers.mamba import MambaConfig
 from lcr.mixers.mamba2 import Mamba2Config

@@ -10,14 +10,14 @@ import numpy as np
 from flax import nnx, struct
 from pallas_kernels.attention.api import IMPLEMENTATIONS
 
+from lcr.checks import check_call, check_choice, check_compute, check_flags, check_positive, check_whole
 from lcr.layers.alibi import alibi_slopes
 from lcr.layers.cache import append, attend_new, attend_slots, attend_slots_and_new
 from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import apply_rope
-from lcr.layers.rope_scaling import freeze_rope_scaling, read_rope_scaling
+from lcr.layers.rope_scaling import check_rope_base, freeze_rope_scaling, read_rope_scaling
 from lcr.layers.segments import read_segments
 from lcr.layers.xpos import xpos_attention
-from lcr.mixers.interface import check_call, check_choice, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -57,9 +57,11 @@ class AttentionConfig:
     def __post_init__(self):
         for check, names in (
             (check_whole, ("num_heads", "num_kv_heads", "head_dim", "window")),
-            (check_positive, ("rope_base", "soft_cap")),
+            (check_positive, ("soft_cap",)),
         ):
             check(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+        check_rope_base(self.rope_base)
+        check_flags(qk_norm=self.qk_norm)
         check_choice("positions", self.positions, POSITIONS)
         object.__setattr__(self, "rope_scaling", freeze_rope_scaling(self.rope_scaling))
         if self.rope_scaling is not None and self.positions not in ROTARY:
@@ -223,7 +225,7 @@ class Attention(nnx.Module):
         if length == 1:
             # Without the barrier XLA fuses the write into each of its readers, each with a copy of the whole cache.
             keys, values = jax.lax.optimization_barrier((keys, values))
-            o = attend_slots(q, keys, values, segments, **options)
+            o = attend_slots(q, keys, values, segments, self.config.window, **options)
         elif state is None:
             o = attend_new(q, k, v, segments, window=self.config.window, **options)
         else:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
 
+from lcr.checks import check_call, check_compute, check_flags, check_positive, check_whole
 from lcr.layers.delta_heads import DeltaHeads, HeadsOut, gate_kernel, learning_rates
 from lcr.layers.heads import default_num_heads, head_width
 from lcr.layers.segments import forget, read_segments
-from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -41,6 +41,7 @@ class DeltaNetConfig:
         check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
         check_positive(key_factor=self.key_factor, value_factor=self.value_factor, norm_eps=self.norm_eps)
         check_whole(conv_width=self.conv_width)
+        check_flags(gate=self.gate, negative_eigenvalues=self.negative_eigenvalues)
         if self.num_heads is not None:
             check_whole(num_heads=self.num_heads)
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
 
+from lcr.checks import check_call, check_compute, check_flags, check_positive, check_whole
 from lcr.layers.delta_heads import DeltaHeads, HeadsOut, gate_kernel, learning_rates
 from lcr.layers.heads import default_num_heads
 from lcr.layers.segments import forget, read_segments
-from lcr.layers.step_sizes import initial_dt_bias
-from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
+from lcr.layers.step_sizes import check_step_sizes, decay_rates, initial_dt_bias
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -47,14 +47,14 @@ class GatedDeltaNetConfig:
 
     def __post_init__(self):
         check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
-        for name in ("expand_v", "dt_min", "dt_max", "decay_max", "norm_eps"):
+        check_step_sizes(self.dt_min, self.dt_max)
+        check_flags(gate=self.gate, negative_eigenvalues=self.negative_eigenvalues)
+        for name in ("expand_v", "decay_max", "norm_eps"):
             check_positive(**{name: getattr(self, name)})
         check_whole(conv_width=self.conv_width)
         for name in ("num_heads", "head_dim"):
             if getattr(self, name) is not None:
                 check_whole(**{name: getattr(self, name)})
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min={self.dt_min}: expected at most dt_max={self.dt_max}")
 
     def head_sizes(self, d_model: int) -> tuple[int, int, int]:
         """H, K and V for a model of this width. Raises: ValueError where the heads do not divide."""
@@ -160,4 +160,4 @@ class GatedDeltaNet(nnx.Module):
     def _log_decay(self, x):
         """log alpha `[B, T, H]`, float32: decays near 1 decide how far the memory reaches."""
         dt = jnp.einsum("btd,dh->bth", x.astype(jnp.float32), self.dt_kernel[...], precision="highest")
-        return -jnp.exp(self.A_log[...])[None, None] * jax.nn.softplus(dt + self.dt_bias[...][None, None])
+        return -decay_rates(self.A_log[...])[None, None] * jax.nn.softplus(dt + self.dt_bias[...][None, None])

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attention
 
+from lcr.checks import check_call, check_compute, check_positive, check_whole
 from lcr.layers.heads import default_num_heads, head_width
 from lcr.layers.norms import RMSNorm
 from lcr.layers.segments import forget, read_segments
-from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 

@@ -10,12 +10,13 @@ import numpy as np
 from flax import nnx, struct
 from pallas_kernels.attention.api import IMPLEMENTATIONS, attention
 
+from lcr.checks import check_call, check_choice, check_compute, check_whole, is_number
 from lcr.layers.cache import append
 from lcr.layers.compressive_memory import Boundaries, Memory, compressive_memory, find_boundaries
 from lcr.layers.rope import apply_rope
+from lcr.layers.rope_scaling import check_rope_base
 from lcr.layers.segments import Segments, read_segments
 from lcr.mixers.attention import AttentionConfig
-from lcr.mixers.interface import check_call, check_choice, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Bool, Float, Int, Leaf, SegmentIds
 
 
@@ -48,10 +49,9 @@ class InfiniConfig:
         self._heads()
         check_whole(segment_length=self.segment_length)
         check_choice("update", self.update, ("delta", "linear"))
-        check_positive(rope_base=self.rope_base)
-        gate = self.gate_init
-        if isinstance(gate, bool) or not isinstance(gate, (int, float)) or not math.isfinite(gate):
-            raise ValueError(f"gate_init={gate!r}: expected a finite number, such as 0.0")
+        check_rope_base(self.rope_base)
+        if not is_number(self.gate_init):
+            raise ValueError(f"gate_init={self.gate_init!r}: expected a finite number, such as 0.0")
         check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
 
     def _heads(self) -> AttentionConfig:

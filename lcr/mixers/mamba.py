@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS, selective_scan
 
+from lcr.checks import check_call, check_choice, check_compute, check_positive, check_whole
 from lcr.layers.norms import RMSNorm
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
-from lcr.layers.step_sizes import initial_dt_bias
-from lcr.mixers.interface import check_call, check_choice, check_compute, check_positive, check_whole
+from lcr.layers.step_sizes import check_step_sizes, decay_rates, initial_dt_bias
 from lcr.typing import Activations, Leaf, SegmentIds
 
 
@@ -54,12 +54,11 @@ class MambaConfig:
         check_whole(state_size=self.state_size, expand=self.expand, conv_width=self.conv_width)
         if self.dt_rank is not None:
             check_whole(dt_rank=self.dt_rank)
-        for name in ("dt_min", "dt_max", "dt_floor", "dt_scale", "decay_scale", "inner_norm_eps"):
+        check_step_sizes(self.dt_min, self.dt_max, self.dt_floor)
+        for name in ("dt_scale", "decay_scale", "inner_norm_eps"):
             check_positive(**{name: getattr(self, name)})
         check_choice("inner_norm", self.inner_norm, ("none", "scaled", "plain"))
         check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min={self.dt_min}: expected at most dt_max={self.dt_max}")
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "Mamba":
         return Mamba(self, d_model, rngs=rngs)
@@ -139,7 +138,7 @@ class Mamba(nnx.Module):
         y, ssm = selective_scan(
             x,
             jax.nn.softplus(dt + self.dt_bias[...][None, None]),
-            -jnp.exp(self.A_log[...]),
+            -decay_rates(self.A_log[...]),
             B,
             C,
             self.D[...],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attention
 
+from lcr.checks import check_call, check_compute, check_flags, check_positive, check_whole
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
-from lcr.layers.step_sizes import initial_dt_bias
-from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
+from lcr.layers.step_sizes import check_step_sizes, decay_rates, initial_dt_bias
 from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
 
 
@@ -52,16 +53,18 @@ class Mamba2Config:
             check_whole(**{name: getattr(self, name)})
         if self.head_width is not None:
             check_whole(head_width=self.head_width)
-        for name in ("dt_min", "dt_max", "dt_floor", "norm_eps"):
-            check_positive(**{name: getattr(self, name)})
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min={self.dt_min}: expected at most dt_max={self.dt_max}")
-        low, high = self.dt_limit
-        if not 0 <= low < high:
-            raise ValueError(f"dt_limit={self.dt_limit}: expected two numbers (low, high) with 0 <= low < high")
-        low, high = self.decay_range
-        if not 0 < low <= high:
-            raise ValueError(f"decay_range={self.decay_range}: expected two numbers (low, high) with 0 < low <= high")
+        check_step_sizes(self.dt_min, self.dt_max, self.dt_floor)
+        check_positive(norm_eps=self.norm_eps)
+        check_flags(norm_before_gate=self.norm_before_gate)
+        for name, good, expected in (
+            ("dt_limit", lambda low, high: 0 <= low < high, "0 <= low < high"),
+            ("decay_range", lambda low, high: 0 < low <= high < math.inf, "0 < low <= high, both finite"),
+        ):
+            value = getattr(self, name)
+            pair = isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
+            if not pair or not good(*value):
+                raise ValueError(f"{name}={value!r}: expected two numbers (low, high) with {expected}")
+            object.__setattr__(self, name, tuple(value))  # hashable, as a part of a jitted module is
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "Mamba2":
         return Mamba2(self, d_model, rngs=rngs)
@@ -140,7 +143,7 @@ class Mamba2(nnx.Module):
             x.reshape(batch, length, self.num_heads, -1),
             dt,
             self.dt_bias[...],
-            -jnp.exp(self.A_log[...]),
+            -decay_rates(self.A_log[...]),
             B.reshape(batch, length, config.num_groups, -1),
             C.reshape(batch, length, config.num_groups, -1),
             self.D[...],

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.attention.api import IMPLEMENTATIONS
 
+from lcr.checks import check_call, check_compute, check_positive, check_whole
 from lcr.layers.cache import append, attend_new, attend_slots, attend_slots_and_new
+from lcr.layers.heads import default_num_heads
 from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import apply_rope
-from lcr.layers.rope_scaling import freeze_rope_scaling, read_rope_scaling
+from lcr.layers.rope_scaling import check_rope_base, freeze_rope_scaling, read_rope_scaling
 from lcr.layers.segments import read_segments
-from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Int, Leaf, SegmentIds
 
 
@@ -49,7 +50,8 @@ class MLAConfig:
     implementation: str | None = None
 
     def __post_init__(self):
-        check_positive(rope_base=self.rope_base, norm_epsilon=self.norm_epsilon)
+        check_positive(norm_epsilon=self.norm_epsilon)
+        check_rope_base(self.rope_base)
         if self.scale is not None:
             check_positive(scale=self.scale)
         object.__setattr__(self, "rope_scaling", freeze_rope_scaling(self.rope_scaling))
@@ -64,9 +66,7 @@ class MLAConfig:
 
     def sized(self, d_model: int) -> "MLAConfig":
         """With every size filled in. Raises: ValueError where the heads do not divide the width."""
-        heads = self.num_heads
-        if heads is None:
-            heads = next(d_model // width for width in (64, 32, 16) if d_model // width >= 4 or width == 16)
+        heads = self.num_heads or default_num_heads(d_model)
         nope = self.nope_head_dim
         if nope is None and d_model % heads:
             raise ValueError(
@@ -115,6 +115,7 @@ class MLA(nnx.Module):
         heads, rank = config.num_heads, config.kv_lora_rank
         key_width = config.nope_head_dim + config.rope_head_dim
         self.rope_scaling = read_rope_scaling(config.rope_scaling)
+        self.rope_scaling.frequencies(config.rope_head_dim, config.rope_base, 1)  # raises where it cannot scale these
         self.scale = config.scale
         if self.scale is None:
             self.scale = key_width**-0.5 * self.rope_scaling.softmax_factor

@@ -1,6 +1,7 @@
 """RetNet: multi-scale retention (arXiv 2307.08621)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ import numpy as np
 from flax import nnx, struct
 from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attention
 
+from lcr.checks import check_call, check_compute, check_positive, check_whole
 from lcr.layers.heads import default_num_heads
 from lcr.layers.rope import rotate
 from lcr.layers.segments import forget, read_segments
-from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
 
 
@@ -43,8 +44,12 @@ class RetNetConfig:
         if self.num_heads is not None:
             check_whole(num_heads=self.num_heads)
         if self.decay_exponents is not None:
+            if not isinstance(self.decay_exponents, Sequence):
+                raise ValueError(f"decay_exponents={self.decay_exponents!r}: expected a number for each head, in a tuple")
             for exponent in self.decay_exponents:
                 check_positive(decay_exponents=exponent)
+            # hashable, as a part of a jitted module is
+            object.__setattr__(self, "decay_exponents", tuple(self.decay_exponents))
         check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "RetNet":

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS, selective_scan
 
+from lcr.checks import check_call, check_compute, check_positive, check_whole
 from lcr.layers.heads import default_num_heads
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
-from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Bool, Float, Leaf, SegmentIds
 
 SHARPNESS = 8.0  # c of the paper

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.wkv.api import IMPLEMENTATIONS, WKVState, wkv
 
+from lcr.checks import check_call, check_compute, check_whole
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.token_shift import token_shift
-from lcr.mixers.interface import check_call, check_compute, check_whole
 from lcr.typing import Activations, Leaf, SegmentIds
 
 

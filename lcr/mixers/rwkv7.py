@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx, struct
 from pallas_kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
 
+from lcr.checks import check_call, check_compute, check_positive, check_whole
 from lcr.layers.delta_heads import unit_length
 from lcr.layers.heads import default_num_heads
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.token_shift import token_shift
-from lcr.mixers.interface import check_call, check_compute, check_positive, check_whole
 from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
 
 SLOWEST = -0.606531  # log decays lie between this, -exp(-1/2), and 0

@@ -7,10 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from lcr.checks import check_choice, check_flags, check_positive, check_whole, unknown_name
 from lcr.layers.feed_forward import FEED_FORWARDS, feed_forward_config
 from lcr.layers.mlp import default_d_ff
 from lcr.mixers import mixer_config
-from lcr.mixers.interface import check_choice, check_positive, check_whole, unknown_name
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
@@ -48,11 +48,15 @@ class ModelConfig:
     def __post_init__(self):
         check_whole(vocab_size=self.vocab_size, d_model=self.d_model)
         check_positive(norm_epsilon=self.norm_epsilon)
-        if isinstance(self.mixers, str):
-            raise ValueError(f"mixers={self.mixers!r}: expected a tuple of names, like ({self.mixers!r},)")
+        check_flags(tie_embeddings=self.tie_embeddings)
+        check_names("mixers", self.mixers)
+        if not isinstance(self.feed_forward, str):
+            check_names("feed_forward", self.feed_forward)
         object.__setattr__(self, "mixers", tuple(self.mixers))
         for field in ("mixer_options", "feed_forward_options"):
             options = getattr(self, field)
+            if not isinstance(options, Mapping):
+                raise ValueError(f"{field}={options!r}: expected a mapping, {{name: {{option: value}}}}")
             for name, chosen in options.items():
                 if not isinstance(chosen, Mapping):
                     raise ValueError(f"{field}: {name}={chosen!r}: expected its options, such as {{'{name}': {{}}}}")
@@ -64,6 +68,9 @@ class ModelConfig:
         check_choice("remat", self.remat, REMAT)
         if self.d_ff is not None and self.d_ff != 0:
             check_whole(d_ff=self.d_ff)
+        chosen = {self.feed_forward} if isinstance(self.feed_forward, str) else set(self.feed_forward)
+        if self.d_ff == 0 and chosen - {"swiglu", "none"}:
+            raise ValueError(f"d_ff=0, no feed-forward, beside feed_forward={self.feed_forward!r}: expected one or the other")
         for name in self.mixer_options:
             if name not in self.mixers:
                 raise ValueError("mixer_options: " + unknown_name("mixer of this model", name, set(self.mixers)))
@@ -113,6 +120,13 @@ class ModelConfig:
         return mixer_config(name, **options)
 
 
+def check_names(argument: str, names: object) -> None:
+    """Raises: ValueError for what is no sequence of strings, a string alone included."""
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        likely = f"({names!r},)" if isinstance(names, str) else "('gqa', 'gqa')"
+        raise ValueError(f"{argument}={names!r}: expected a tuple of names, like {likely}")
+
+
 def model_config(config: "ModelConfig | Mapping[str, Any]") -> ModelConfig:
     """A `ModelConfig` from one, or from a mapping (a `dict`, an `ml_collections.ConfigDict`) of its fields.
 
@@ -120,7 +134,8 @@ def model_config(config: "ModelConfig | Mapping[str, Any]") -> ModelConfig:
     """
     if isinstance(config, ModelConfig):
         return config
-    fields = {key: config[key] for key in config}
+    # a ConfigDict's inner mappings are no `Mapping`s
+    fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     known = [field.name for field in dataclasses.fields(ModelConfig)]
     for key in fields:
         if key not in known:

@@ -1,6 +1,7 @@
 """The decoder: pre-norm blocks of a mixer and a feed-forward, the repeating group of layers stacked and scanned."""
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lcr.checks import check_segment_ids, check_state
 from lcr.layers.feed_forward import feed_forward_config, make_feed_forward
 from lcr.layers.moe import Routing
 from lcr.layers.norms import RMSNorm
-from lcr.mixers.interface import Mixer, check_segment_ids, check_state
+from lcr.mixers.interface import Mixer
 from lcr.models.config import ModelConfig, model_config
 from lcr.typing import Activations, Array, Bool, Float, Int, SegmentIds, State, Tokens
 
@@ -68,8 +70,8 @@ class Block(nnx.Module):
 
 
 def hands_on(mixer: Mixer) -> bool:
-    """Whether the mixer declares the value residual: a method `values` and a keyword `first_values`."""
-    return hasattr(mixer, "values")
+    """Whether the mixer declares the value residual: a keyword `first_values`, and with it a method `values`."""
+    return "first_values" in inspect.signature(type(mixer).__call__).parameters
 
 
 class Group(nnx.Module):

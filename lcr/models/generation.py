@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lcr.checks import check_whole, is_number
 from lcr.models.decoder import Decoder
 from lcr.typing import Array, Int, SegmentIds, State, Tokens
 
@@ -33,10 +34,9 @@ def generate(
     batch, length = prompt_tokens.shape
     if length == 0:
         raise ValueError("prompt_tokens: expected at least one token per row")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature}: expected 0 (greedy) or above")
+    check_whole(max_new_tokens=max_new_tokens)
+    if not is_number(temperature) or temperature < 0:
+        raise ValueError(f"temperature={temperature!r}: expected 0 (greedy) or a number above")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature}: sampling needs key=jax.random.key(seed)")
     if segment_ids is not None and not bool((segment_ids != 0).any(axis=1).all()):

@@ -9,8 +9,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from lcr.checks import check_whole, unknown_name
 from lcr.layers.moe import MoEConfig
-from lcr.mixers.interface import check_whole, unknown_name
 
 
 def jamba(num_layers: int, *, num_experts: int = 16, top_k: int = 2, d_expert: int | None = None) -> dict[str, Any]:

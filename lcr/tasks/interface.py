@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 
+from lcr.checks import unknown_name
 from lcr.data.tokenizers import Tokenizer
-from lcr.mixers.interface import unknown_name
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from types import MappingProxyType
 import numpy as np
 from jaxtyping import Float, Int
 
+from lcr.checks import check_choice
 from lcr.data.tokenizers import check_writes_any_text, make_tokenizer
-from lcr.mixers.interface import check_choice
 from lcr.tasks.haystacks import Haystack, RandomWords, RealText, RepeatedFiller
 from lcr.tasks.interface import Example
 

@@ -195,7 +195,7 @@ def check_keys(config: ConfigDict) -> None:
     flat = flatten(config)
     for key in flat:
         if key not in RULES and not in_open_section(key):
-            from lcr.mixers.interface import unknown_name  # it imports JAX, which the program's --help must not
+            from lcr.checks import unknown_name  # it imports JAX, which the program's --help must not
 
             raise ConfigError(unknown_name("configuration key", key, RULES))
     for key, (holds, expected) in RULES.items():

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from lcr.mixers.interface import check_choice
+from lcr.checks import check_choice
 from lcr.typing import Array, Float, Int
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]

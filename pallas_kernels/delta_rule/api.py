@@ -1,15 +1,12 @@
 """The public function of the delta rule: checks the call, chooses an implementation."""
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.delta_rule.chunked import chunked
 from pallas_kernels.delta_rule.reference import reference
-from pallas_kernels.dispatch import loop_forward
+from pallas_kernels.dispatch import choose, loop_forward
 
 # The largest state, in numbers (B H K V), for which the token loop is the faster one forward. Measured on two busy CPU
 # cores, float32, T = 4096, K = V = 64: the loop takes 0.6 to 0.8 of the chunked form's time at 16,384; at 65,536 and
@@ -61,14 +58,10 @@ def delta_rule(
     Sources: arXiv 2406.06484 (DeltaNet, section 3), 2412.06464 (Gated DeltaNet), 2503.14456 (RWKV-7).
     """
     _check(q, k, v, a, b, log_decay, initial_state, segment_ids)
-    if implementation is None:
-        implementation = default_implementation(q.shape, v.shape[-1], jax.default_backend())
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"unknown implementation {implementation!r} of delta_rule. Known: {known}.")
-    _log_choice(implementation)
+    default = default_implementation(q.shape, v.shape[-1], jax.default_backend())
+    run = choose("delta_rule", IMPLEMENTATIONS, implementation, default)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return IMPLEMENTATIONS[implementation](q, k, v, a, b, log_decay, initial_state, segment_ids, scale)
+    return run(q, k, v, a, b, log_decay, initial_state, segment_ids, scale)
 
 
 def default_implementation(shape: tuple[int, int, int, int], value_width: int, backend: str) -> str:
@@ -78,12 +71,11 @@ def default_implementation(shape: tuple[int, int, int, int], value_width: int, b
     return "loop_forward" if backend == "cpu" and small and length > 1 else "chunked"
 
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "loop_forward": loop_forward(reference, chunked, scale_at=8)}
-
-
-@functools.cache
-def _log_choice(implementation):
-    logging.getLogger(__name__).info("delta_rule: implementation %r", implementation)
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "chunked": chunked,
+    "loop_forward": loop_forward(reference, chunked, scale_at=8),
+}
 
 
 def _check(q, k, v, a, b, log_decay, initial_state, segment_ids):

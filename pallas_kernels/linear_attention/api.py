@@ -1,13 +1,10 @@
 """The public function of linear attention: checks the call, chooses an implementation."""
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import loop_forward
+from pallas_kernels.dispatch import choose, loop_forward
 from pallas_kernels.linear_attention.chunked import chunked
 from pallas_kernels.linear_attention.reference import reference
 
@@ -61,17 +58,11 @@ def linear_attention(
     2312.06635, equation 3; RWKV-6 (bonus), arXiv 2404.05892, equation 19.
     """
     _check(q, k, v, log_decay, bonus, initial_state, segment_ids)
-    if implementation is None:
-        vector = log_decay is not None and log_decay.ndim == 4
-        shape = (*v.shape[:3], q.shape[3])
-        implementation = default_implementation(shape, v.shape[3], jax.default_backend(), vector)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown implementation {implementation!r} of linear_attention. Known: {', '.join(IMPLEMENTATIONS)}."
-        )
-    _log_choice(implementation)
+    vector = log_decay is not None and log_decay.ndim == 4
+    default = default_implementation((*v.shape[:3], q.shape[3]), v.shape[3], jax.default_backend(), vector)
+    run = choose("linear_attention", IMPLEMENTATIONS, implementation, default)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return IMPLEMENTATIONS[implementation](q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
+    return run(q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
 
 
 def default_implementation(
@@ -83,12 +74,11 @@ def default_implementation(
     return "loop_forward" if backend == "cpu" and small and length > 1 else "chunked"
 
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "loop_forward": loop_forward(reference, chunked, scale_at=6)}
-
-
-@functools.cache
-def _log_choice(implementation):
-    logging.getLogger(__name__).info("linear_attention: implementation %r", implementation)
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "chunked": chunked,
+    "loop_forward": loop_forward(reference, chunked, scale_at=6),
+}
 
 
 def _check(q, k, v, log_decay, bonus, initial_state, segment_ids):

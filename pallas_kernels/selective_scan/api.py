@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import choose, compute_dtype
 from pallas_kernels.selective_scan import chunked, reference
 
 IMPLEMENTATIONS = {"chunked": chunked.selective_scan, "reference": reference.selective_scan}
@@ -36,8 +36,10 @@ def selective_scan(
     x's dtype, final_state in the dtype of the computation. Differentiable in every float argument. Memory: one
     chunk's [C, B, N, D] and, for the backward pass, a state per chunk; never [B, T, D, N].
 
-    Raises: ValueError for shapes that do not agree and for an unknown implementation.
+    Raises: ValueError for shapes that do not agree, for arguments that are no floats, and for an unknown implementation.
     """
+    if x.ndim != 3 or 0 in x.shape or A.ndim != 2 or 0 in A.shape:
+        raise ValueError(f"x: shape {x.shape}, A: shape {A.shape}; expected [B, T, D] and [D, N] with nothing empty")
     batch, length, width = x.shape
     states = A.shape[-1]
     expected = {
@@ -52,11 +54,8 @@ def selective_scan(
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name}: shape {array.shape}; expected {shape} beside x {x.shape} and A {A.shape}")
-    if length == 0:
-        raise ValueError(f"x: shape {x.shape}; expected at least one token")
-
-    floats = [a for a in (x, dt, A, B, C, D, initial_state) if a is not None]
-    dtype = jnp.float64 if any(a.dtype == jnp.float64 for a in floats) else jnp.float32
+    names = ("x", "dt", "A", "B", "C", "D", "initial_state")
+    dtype = compute_dtype(dict(zip(names, (x, dt, A, B, C, D, initial_state), strict=True)))
     if D is None:
         D = jnp.zeros((width,), dtype)
     if initial_state is None:

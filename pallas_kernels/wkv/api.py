@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import choose, loop_forward
+from pallas_kernels.dispatch import choose, compute_dtype, loop_forward
 from pallas_kernels.wkv.chunked import chunked
 from pallas_kernels.wkv.reference import WKVState, reference
 
@@ -29,7 +28,8 @@ def wkv(
         y_t = (num_{t-1} + exp(u + k_t) v_t) / (den_{t-1} + exp(u + k_t))
 
     in each channel by itself. No exponential overflows, whatever the size of k and u: the sums are held divided by
-    exp(max), where max_t = max(max_{t-1} + g, k_t) is the largest exponent in them.
+    exp(max), where max_t = max(max_{t-1} + g, k_t) is the largest exponent in them. (A decay that is too small to change
+    max shrinks the sums; where it does so for long, with |k| above a thousand, a key is forgotten after 100 nats.)
 
     k: logarithms of the weights, v: what is averaged, `[B, T, D]`; any T >= 1.
     log_decay: g, at most 0, `[D]`; -inf forgets everything. bonus: u, `[D]`: the token's own further log weight.
@@ -45,12 +45,12 @@ def wkv(
     argument, each leaf of `initial_state` included, given cotangents of y and of final_state's num and den; its max is
     a constant to the gradient, which loses nothing of whatever is computed from num exp(max) and den exp(max).
 
-    Raises ValueError for shapes that do not agree and for an unknown implementation.
+    Raises ValueError for shapes that do not agree, for arguments that are no floats, and for an unknown implementation.
     """
     _check(k, v, log_decay, bonus, initial_state, segment_ids)
     batch, length, width = k.shape
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves((k, v, log_decay, bonus, initial_state))}
-    dtype = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+    arguments = {"k": k, "v": v, "log_decay": log_decay, "bonus": bonus}
+    dtype = compute_dtype(arguments | {"initial_state": initial_state})
     if initial_state is None:
         initial_state = WKVState(*[jnp.zeros((batch, width), dtype)] * 3)
     run = choose("wkv", IMPLEMENTATIONS, implementation, default_implementation(length, jax.default_backend()))

@@ -222,6 +222,7 @@ def test_costs_are_measured_once_and_stand_beside_the_accuracy(sweep, call, capf
     [row] = read_lines(workdir / "costs.jsonl")
     assert (row["name"], row["state_bytes"]) == ("good", 4 * 8)
     assert row["parameters"] % 8 == 0 and row["decoding_tokens_per_second"] > 0 and row["late_over_early"] > 0
+    assert row["training_tokens_per_second"] > 0
     assert 12 < row["memory_ratio"] < 17
     printed = capfd.readouterr().out
     assert "| 96 | 130 |" in printed and "| good | " in printed and " | 32 B | " in printed
@@ -233,6 +234,7 @@ def test_costs_are_measured_once_and_stand_beside_the_accuracy(sweep, call, capf
 def test_learning_rates_are_tried_once_each(sweep, call, capfd, tmp_path):
     file, _, _ = sweep
     arguments = [f"--sweep={file}:good", f"--workdir={tmp_path}", "--steps=10", "--values=1e-3,1e-1"]
+    (tmp_path / "good").mkdir()  # a sweep's run, say, if somebody gives its folder
     assert call("learning_rates", *arguments) == 0
     rows = read_lines(tmp_path / "learning_rates.jsonl")
     assert [(row["name"], row["steps"], row["learning_rate"]) for row in rows] == [
@@ -243,7 +245,11 @@ def test_learning_rates_are_tried_once_each(sweep, call, capfd, tmp_path):
     assert printed.splitlines()[-1].split()[-1] == f"{best:g}"
     assert call("learning_rates", *arguments) == 0
     assert read_lines(tmp_path / "learning_rates.jsonl") == rows and printed == capfd.readouterr().out
-    assert not (tmp_path / "good").exists(), "the short runs are not kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "learning_rates.jsonl"], "no run is kept or lost"
+    with (tmp_path / "learning_rates.jsonl").open("a") as stream:
+        stream.write('{"name": "go')
+    assert call("learning_rates", *arguments) == 2
+    assert "learning_rates.jsonl, line 3 cannot be read" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("program", ["evaluate", "sweep", "report", "costs", "learning_rates"])

@@ -252,10 +252,17 @@ LLAMA3 = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "scaling"), [("llama_yarn", YARN), ("llama_llama3", LLAMA3)])
-def test_llama_with_scaled_rope(case, scaling):
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 48}
+
+
+@pytest.mark.parametrize(
+    ("case", "kv_heads", "scaling"),
+    [("llama_yarn", 2, YARN), ("llama_llama3", 2, LLAMA3), ("llama_linear", 4, LINEAR), ("llama_dynamic", 4, DYNAMIC)],
+)
+def test_llama_with_scaled_rope(case, kv_heads, scaling):
     weights = load(case)
-    config = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, rope_scaling=scaling)
+    config = AttentionConfig(num_heads=4, num_kv_heads=kv_heads, head_dim=16, rope_scaling=scaling)
     run, _ = rebuilt_model(weights, config, epsilon=1e-5)
     logits, _ = run(weights["embedding"][weights["tokens"]][None], [None] * 2, None)
     assert_close(logits[0], weights["logits"], "float32 oracle")

@@ -43,6 +43,12 @@ def test_every_mixer_names_what_is_wrong(name):
     ids = jnp.ones((ROWS, LENGTH + 1), jnp.int32)
     refused(mixer, r"segment_ids: of shape \(3, 5\), expected \(3, 4\)", None, ids)
     refused(mixer, r"segment_ids: of shape \(3, 5\), expected \(3, 4\)", own, ids)
+    refused(mixer, "segment_ids: of dtype float32, expected int32", own, jnp.ones((ROWS, LENGTH)))
+    halved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), own)
+    refused(mixer, r"state\.[\w.]+: of dtype bfloat16, expected (int|float)32: counters and sums keep theirs", halved)
+    for x in (jnp.zeros((ROWS, WIDTH)), jnp.zeros((ROWS, 0, WIDTH)), jnp.zeros((ROWS, LENGTH, WIDTH), jnp.int32)):
+        with pytest.raises(ValueError, match=r"x: .*expected floats of shape \[B, T, D\] with nothing empty"):
+            inspect.unwrap(type(mixer).__call__)(mixer, x)
 
 
 def build(*mixers, d_model=WIDTH, feed_forward="none"):

@@ -1,5 +1,6 @@
 """DeltaNet and Gated DeltaNet: equal to whole models of flash-linear-attention; their sizes, states and errors."""
 
+import functools
 import pathlib
 
 import jax
@@ -84,11 +85,14 @@ def test_default_sizes_suit_any_width(d_model, heads):
     assert GatedDeltaNetConfig().head_sizes(d_model) == (heads, width, 2 * width)
 
 
-def test_a_beta_of_one_replaces_what_the_state_says_of_a_key():
+@pytest.mark.parametrize("config", [DeltaNetConfig, functools.partial(GatedDeltaNetConfig, expand_v=1.0)])
+def test_a_beta_of_one_replaces_what_the_state_says_of_a_key(config):
     """DeltaNet with beta near 1: a key seen twice gives its second value alone; with a beta near 2 the
     second twice less the first twice (S goes through 2 v_1 to 2 v_1 + 2 (v_2 - 2 v_1))."""
     for negative, expected in ((False, [0.0, 1.0]), (True, [-2.0, 2.0])):
-        mixer = DeltaNetConfig(num_heads=1, conv_width=1, negative_eigenvalues=negative).make(16, rngs=nnx.Rngs(0))
+        mixer = config(num_heads=1, conv_width=1, negative_eigenvalues=negative).make(16, rngs=nnx.Rngs(0))
+        if hasattr(mixer, "A_log"):
+            mixer.A_log.set_value(jnp.full((1,), -40.0))  # no decay
         mixer.beta.set_value(jnp.full((16, 1), 20.0))  # sigmoid of 20 or more
         mixer.heads.conv.weight.set_value(jnp.ones((1, 48)))
         kernel, x = np.zeros((16, 3, 16), np.float32), np.zeros((1, 2, 16), np.float32)

@@ -213,12 +213,19 @@ def test_no_segment_ids(case):
 
 
 def test_no_state(case):
-    """`state=None` equals a fresh state with room for the call's tokens, in which the first document has the id 1."""
+    """`state=None` equals a fresh state with room for the call's tokens, in which the first document has the id 1:
+    outputs and, as training has it, gradients, with documents and without."""
     built = build(case)
     x, state = inputs(), built.init_state(LENGTH)
-    expected = built.call(x, state, np.ones((BATCH, LENGTH), np.int32))
+    named = np.ones((BATCH, LENGTH), np.int32)
+    expected = built.call(x, state, named)
     assert_close(built.call(x, None, None), expected, "float32")
     assert_close(built.call(x, state, None), expected, "float32")
+    cotangents = (inputs(4), no_cotangent(state))
+    (y, after), (*gradients, _) = built.pull_back(x, None, IDS, cotangents)
+    expected, (*expected_gradients, _) = built.pull_back(x, state, IDS, cotangents)
+    assert_close((y, after), expected, "float32")
+    assert_close(gradients, expected_gradients, "float32 gradient")
 
 
 @pytest.mark.parametrize("end", [1, 13, 23])
@@ -345,7 +352,7 @@ def test_reference(case):
 
 
 def test_precision(case):
-    """bfloat16 compute stays near float32; outputs are bfloat16, recurrent accumulators are not."""
+    """bfloat16 compute stays near float32, cut into pieces too; outputs are bfloat16, recurrent accumulators are not."""
     exact, rounded = build(case), build(case, "bfloat16")
     x, weights = inputs().astype(jnp.bfloat16), inputs(4).astype(jnp.bfloat16)
     state, state_rounded = exact.init_state(), rounded.init_state()
@@ -366,6 +373,15 @@ def test_precision(case):
         largest = max(held, key=lambda leaf: leaf.size)
         assert largest.dtype == np.float32, "a recurrent accumulator is float32"
     assert_close(of_parameters_rounded, of_parameters, "bfloat16 gradient")
+
+    # In three calls, each with the rest of the tokens as padding, so that no program is compiled for them.
+    outputs, through = np.zeros_like(y_rounded), state_rounded
+    for third in range(3):
+        ids = np.where(np.arange(LENGTH)[None] // 8 == third, IDS, 0)
+        part, through = rounded.call(x, through, ids)
+        outputs = np.where(ids[:, :, None] != 0, part, outputs)
+    assert_close(outputs, y_rounded, "bfloat16")
+    assert_close(through, after_rounded, "bfloat16 cut" if constant_size(rounded.mixer) else "bfloat16")
 
 
 def constant_size(mixer):

@@ -120,9 +120,24 @@ def test_first_steps_and_decays_are_those_asked_for():
     assert 2 <= decays.min() < 2.2 and 2.8 < decays.max() <= 3
 
 
+def test_step_sizes_are_held_within_their_limits():
+    """Where the limits leave them no room, it does not matter what the step sizes would have been."""
+    mixer = lcr.make_mixer("mamba2", 16, rngs=nnx.Rngs(0), state_size=4, dt_limit=[0.3, 0.3000001])
+    graph, parameters = nnx.split(mixer)
+    run = jax.jit(lambda parameters, x: nnx.merge(graph, parameters)(x)[0])
+    x = jax.random.normal(jax.random.key(0), (1, 6, 16))
+    y = run(parameters, x)
+    mixer.dt_bias[...] = mixer.dt_bias[...] + 5.0
+    assert_close(run(nnx.split(mixer)[1], x), y, "float32")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dt_limit": 4.0}, r"dt_limit=4\.0: expected two numbers"),
+        ({"decay_range": (1.0, float("inf"))}, r"decay_range=\(1\.0, inf\): expected two numbers .* both finite"),
+        ({"dt_min": 1e-6}, r"dt_floor=0\.0001: expected at most dt_min=1e-06, which it would override"),
+        ({"norm_before_gate": "no"}, "norm_before_gate='no': expected True or False"),
         ({"head_width": 24}, r"head_width=24 with an inner width of 64 .*: expected a divisor"),
         ({"num_groups": 3}, r"num_groups=3: expected a divisor of the number of heads, 4"),
         ({"state_size": 0}, "state_size=0: expected a whole number above 0"),

@@ -9,6 +9,7 @@ import lcr
 import numpy as np
 import pytest
 from flax import nnx, struct
+from lcr.checks import check_call
 from lcr.layers.segments import forget, read_segments
 from lcr.training.metrics import read_rows
 from lcr.training.trainer import train
@@ -48,6 +49,7 @@ class Average(nnx.Module):
         return AverageState(average=jnp.zeros((batch, self.d_model)), segment_id=zero, position=zero)
 
     def __call__(self, x, state=None, segment_ids=None):
+        check_call(self, x, state, segment_ids)
         state = self.init_state(x.shape[0]) if state is None else state
         segments = read_segments(segment_ids, state.segment_id, state.position, x.shape[1])
         rate = -float(np.log(self.config.decay))

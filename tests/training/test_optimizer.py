@@ -76,3 +76,28 @@ def test_one_update_is_adamw_by_hand(clip_norm):
         expected = -0.1 * (g / (np.abs(g) + 1e-8) + decays * p)
         np.testing.assert_allclose(updates[name], expected, rtol=1e-5)
     assert jax.tree.all(jax.tree.map(lambda x: x.dtype == jnp.float32, updates))
+
+
+def test_gates_of_a_memory_and_biases_of_a_router_are_moved_in_their_own_way():
+    """A gate at its own rate, without decay and outside the clipping; a bias by its gradient as it is."""
+    settings = section(learning_rate=0.1, gate_learning_rate=0.02, warmup_steps=0, weight_decay=0.5, clip_norm=1.0)
+    parameters = {"a": jnp.array([1.0, -1.0]), "gate": jnp.array([3.0]), "bias": jnp.array([0.5])}
+    grads = {"a": jnp.array([3.0, 4.0]), "gate": jnp.array([1e6]), "bias": jnp.array([0.25])}
+    optimizer = make_optimizer(settings, 10, {"a": "decay", "gate": "memory_gate", "bias": "selection_bias"})
+    updates, _ = optimizer.update(grads, optimizer.init(parameters), parameters)
+    np.testing.assert_allclose(updates["a"], -0.1 * (np.ones(2) + 0.5 * np.array([1.0, -1.0])), rtol=1e-5)
+    np.testing.assert_allclose(updates["gate"], [-0.02], rtol=1e-5)
+    np.testing.assert_allclose(updates["bias"], [-0.25], rtol=1e-6)
+
+
+def test_infinis_gates_and_routers_biases_are_in_these_groups():
+    options = {"moe": {"balance": "bias"}}
+    config = lcr.ModelConfig(
+        vocab_size=9, d_model=32, mixers=("infini",), feed_forward="moe", feed_forward_options=options
+    )
+    variables = Functional(nnx.eval_shape(lambda: lcr.make_model(config, rngs=nnx.Rngs(0)))).variables
+    groups = parameter_groups(variables)
+    assert [name for name, group in groups.items() if group == "memory_gate"] == ["groups.blocks.0.mixer.beta"]
+    assert [name for name, group in groups.items() if group == "selection_bias"] == [
+        "groups.blocks.0.mlp.selection_bias"
+    ]

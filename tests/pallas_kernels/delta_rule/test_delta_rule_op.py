@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import OPTIMIZED
+from pallas_kernels import dispatch
 from pallas_kernels.delta_rule import api, delta_rule
 from pallas_kernels.delta_rule.blocks import solve, unit_inverse
 from pallas_kernels.delta_rule.chunked import CHUNK
@@ -272,11 +273,11 @@ def test_default_follows_the_state_size():
 
 def test_the_choice_is_logged_once(caplog):
     inputs, _, _ = make(SHAPES["ragged_short"])
-    api._log_choice.cache_clear()
+    dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         for _ in range(2):
             delta_rule(*[inputs[name] for name in NAMES])
-    assert [record.getMessage() for record in caplog.records] == ["delta_rule: implementation 'loop_forward'"]
+    assert [record.getMessage() for record in caplog.records] == ["delta_rule: using the 'loop_forward' implementation"]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +293,7 @@ def test_the_choice_is_logged_once(caplog):
         ({"log_decay": jnp.ones((2, 5, 3), jnp.int32)}, "log_decay of dtype int32"),
         ({"initial_state": jnp.ones((2, 3, 6, 4))}, r"\[B, H, K, V\] = \[2, 3, 4, 6\]"),
         ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"\[B, T\] = \[2, 5\]"),
-        ({"implementation": "chunky"}, "unknown implementation 'chunky'.*reference, chunked, loop_forward"),
+        ({"implementation": "chunky"}, "implementation='chunky': delta_rule has chunked, loop_forward, reference. Did you mean 'chunked'"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

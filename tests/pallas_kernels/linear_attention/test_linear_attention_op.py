@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import OPTIMIZED
+from pallas_kernels import dispatch
 from pallas_kernels.linear_attention import api, linear_attention
 from pallas_kernels.linear_attention.chunked import CHUNK
 from pallas_kernels.linear_attention.shapes import SHAPES, Shape
@@ -214,12 +215,12 @@ def test_default_follows_the_state_size():
 
 def test_the_choice_is_logged_once(caplog):
     inputs, _, _ = make(SHAPES["ragged_short"])
-    api._log_choice.cache_clear()
+    dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         for _ in range(2):
             linear_attention(inputs["q"], inputs["k"], inputs["v"])
     assert [record.getMessage() for record in caplog.records] == [
-        "linear_attention: implementation 'loop_forward'"
+        "linear_attention: using the 'loop_forward' implementation"
     ]
 
 
@@ -236,7 +237,7 @@ def test_the_choice_is_logged_once(caplog):
         ({"bonus": jnp.ones((4, 3))}, r"bonus of shape \(4, 3\): expected \[H, K\] = \[3, 4\]"),
         ({"initial_state": jnp.ones((2, 3, 6, 4))}, r"\[B, H, K, V\] = \[2, 3, 4, 6\]"),
         ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"\[B, T\] = \[2, 5\]"),
-        ({"implementation": "chunky"}, "unknown implementation 'chunky'.*reference, chunked, loop_forward"),
+        ({"implementation": "chunky"}, "implementation='chunky': linear_attention has chunked, loop_forward, reference. Did you mean 'chunked'"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
