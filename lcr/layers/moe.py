@@ -55,8 +55,8 @@ class MoEConfig:
         check_choice("balance", self.balance, ("none", "loss", "bias"))
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k}: expected at most num_experts={self.num_experts}")
-        if self.num_shared != 0:
-            check_whole(num_shared=self.num_shared)
+        if isinstance(self.num_shared, bool) or not isinstance(self.num_shared, int) or self.num_shared < 0:
+            raise ValueError(f"num_shared={self.num_shared!r}: expected a whole number, 0 or above")
         if not is_number(self.z_weight) or self.z_weight < 0:
             raise ValueError(f"z_weight={self.z_weight!r}: expected a number, 0 or above")
         if self.num_experts % self.num_groups:

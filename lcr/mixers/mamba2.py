@@ -40,8 +40,8 @@ class Mamba2Config:
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     dt_floor: float = 1e-4
-    dt_limit: tuple[float, float] = (0.0, math.inf)
-    decay_range: tuple[float, float] = (1.0, 16.0)
+    dt_limit: Sequence[float] = (0.0, math.inf)
+    decay_range: Sequence[float] = (1.0, 16.0)
     norm_before_gate: bool = False
     norm_eps: float = 1e-5
     dtype: Any = jnp.float32

@@ -33,7 +33,7 @@ class RetNetConfig:
 
     num_heads: int | None = None
     value_factor: float = 2
-    decay_exponents: tuple[float, ...] | None = None
+    decay_exponents: Sequence[float] | None = None
     rotation_base: float = 10_000.0
     norm_eps: float = 1e-6
     dtype: Any = jnp.float32

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from experiments.routing_collapse.__main__ import TITLES, draw, table
+from experiments.routing_collapse.charts import TITLES, draw, table
 from experiments.routing_collapse.config import VARIANTS, get_config
 from lcr.training.config import check_keys
 

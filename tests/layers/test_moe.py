@@ -71,6 +71,19 @@ def test_equals_the_definition(options):
     assert_close(run(moe, x)[0], by_hand(moe, x), "float32")
 
 
+@pytest.mark.parametrize(("scoring", "worth"), [("softmax", np.max), ("sigmoid", np.sum)])
+def test_a_token_chooses_from_its_best_groups(scoring, worth):
+    """Of three groups of two experts from two: by their best score, or by the sum of both."""
+    config = MoEConfig(num_experts=6, top_k=2, num_groups=3, top_groups=2, scoring=scoring)
+    moe = MoE(config, WIDTH, FF, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    scores = np.random.default_rng(0).random((50, 6), np.float32)
+    chosen, _ = jax.jit(moe.choose)(jnp.asarray(scores))
+    for row, experts in zip(scores, chosen, strict=True):
+        best = np.argsort(-worth(row.reshape(3, 2), axis=1))[:2]
+        allowed = np.where(np.isin(np.arange(6) // 2, best), row, -np.inf)
+        assert set(experts.tolist()) == set(np.argsort(-allowed)[:2].tolist())
+
+
 def test_no_token_is_dropped_though_all_choose_the_same_experts():
     moe = build()
     x = np.broadcast_to(activations(length=1), (2, 6, WIDTH))
@@ -149,7 +162,11 @@ def test_in_a_decoder_pieces_equal_the_whole():
         ({"top_k": 9}, "top_k=9: expected at most num_experts=8"),
         ({"scoring": "tanh"}, "scoring: unknown value 'tanh'"),
         ({"balance": "los"}, "balance: unknown value 'los'. Did you mean 'loss'"),
-        ({"num_shared": -1}, "num_shared=-1: expected 0 or above"),
+        ({"num_shared": -1}, "num_shared=-1: expected a whole number, 0 or above"),
+        ({"num_groups": 3}, "num_groups=3: expected a divisor of num_experts=8"),
+        ({"num_groups": 2, "top_groups": 3}, "top_groups=3: expected at most num_groups=2"),
+        ({"num_groups": 8, "top_groups": 1}, "top_k=2: expected at most the 1 experts of each of top_groups=1 groups"),
+        ({"z_weight": float("nan")}, "z_weight=nan: expected a number, 0 or above"),
         ({"num_expert": 4}, "'num_expert'. Did you mean 'num_experts'"),
     ],
 )

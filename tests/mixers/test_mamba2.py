@@ -134,10 +134,8 @@ def test_step_sizes_are_held_within_their_limits():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dt_limit": 4.0}, r"dt_limit=4\.0: expected two numbers"),
         ({"decay_range": (1.0, float("inf"))}, r"decay_range=\(1\.0, inf\): expected two numbers .* both finite"),
         ({"dt_min": 1e-6}, r"dt_floor=0\.0001: expected at most dt_min=1e-06, which it would override"),
-        ({"norm_before_gate": "no"}, "norm_before_gate='no': expected True or False"),
         ({"head_width": 24}, r"head_width=24 with an inner width of 64 .*: expected a divisor"),
         ({"num_groups": 3}, r"num_groups=3: expected a divisor of the number of heads, 4"),
         ({"state_size": 0}, "state_size=0: expected a whole number above 0"),

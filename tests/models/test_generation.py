@@ -77,7 +77,7 @@ def test_sampling_follows_its_key_and_temperature(model, prompt):
     [
         ({"temperature": -1.0}, "temperature=-1.0: expected 0"),
         ({"temperature": 0.5}, r"sampling needs key=jax.random.key\(seed\)"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0: expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: expected a whole number above 0"),
         ({"segment_ids": jnp.zeros((2, 9), jnp.int32)}, "every row needs at least one token"),
     ],
 )

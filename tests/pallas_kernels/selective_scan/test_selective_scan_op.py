@@ -182,7 +182,7 @@ def test_dtypes(implementation):
         ({"initial_state": jnp.zeros((2, 5, 6))}, "initial_state: shape"),
         ({"implementation": "chunk"}, "implementation='chunk': selective_scan has chunked, reference. Did you mean"),
         ({"x": jnp.zeros((2, 0, 6)), "dt": jnp.zeros((2, 0, 6)), "B": jnp.zeros((2, 0, 5)),
-          "C": jnp.zeros((2, 0, 5))}, "at least one token"),
+          "C": jnp.zeros((2, 0, 5))}, "with nothing empty"),
     ],
 )  # fmt: skip
 def test_errors_say_what_was_expected(change, message):
