@@ -17,7 +17,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from absl import app, flags
 
 ATTENTION_LENGTHS = (2048, 4096, 8192, 16_384)
 RIVALS = ("token loop", "associative", "jla")  # of a recurrence's default
+SHORT, LONG = 1.0, 5.0  # seconds, see `in_turns`
 DENSE_BYTES = 4 << 30  # a rival that would hold more than this in T x T scores, or in states, is left out
 
 PARTS = flags.DEFINE_list("parts", ["attention", "scans", "streaming"], "Which parts to run.")
@@ -42,11 +43,16 @@ def main(argv: list[str]) -> None:
             sys.exit(f"error: --parts={part}: expected some of {', '.join(runs)}")
     out = Path(OUT.value)
     results = json.loads(out.read_text()) if out.exists() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
     for part in PARTS.value:
-        rows = runs[part]()
-        results[part] = {"machine": machine(), "rows": rows}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        rows = []
+        for row in runs[part]():
+            print(row, file=sys.stderr, flush=True)
+            rows.append(row)
+            results[part] = {"machine": machine(), "rows": rows}
+            whole = out.with_suffix(".tmp")  # an interruption leaves the old file, or the new one
+            whole.write_text(json.dumps(results, indent=1) + "\n")
+            whole.replace(out)
         print(f"\n{part}\n\n{table(rows)}\n", flush=True)
 
 
@@ -63,27 +69,39 @@ def in_turns(forms: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, floa
     """(median milliseconds, peak MB) of each form; every form once, then every form again, and so on.
 
     A form that takes less than a second is called once more, untimed, before each timed call: the first call after a
-    rival that held gigabytes pays for memory that the rival gave back to the system.
+    rival that held gigabytes pays for memory that the rival gave back to the system. One that takes more than five is
+    timed once.
     """
-    from lcr.evaluation.memory import peak_bytes, reset_peak
-
-    times, peaks, short = {name: [] for name in forms}, {}, {}
+    times, peaks = {}, {}
     for name, call in forms.items():
         call()  # compiles
-        start = time.perf_counter()
-        call()
-        short[name] = time.perf_counter() - start < 1
+        seconds, peaks[name] = timed(call)
+        times[name] = [seconds] if seconds > LONG else []
+        # what decides whether it is called twice
+        forms[name] = functools.partial(twice if seconds < SHORT else timed, call)
     for _ in range(REPEATS.value):
         for name, call in forms.items():
-            if short[name]:
-                call()
-            reset_peak()
-            before = peak_bytes()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-            peaks[name] = max(peaks.get(name, 0), peak_bytes() - before)
+            if not times[name] or times[name][0] <= LONG:
+                seconds, peak = call()
+                times[name].append(seconds)
+                peaks[name] = max(peaks[name], peak)
     return {name: (1e3 * statistics.median(t), peaks[name] / 1e6) for name, t in times.items()}
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds of one call, and how far the process's memory rose in it."""
+    from lcr.evaluation.memory import peak_bytes, reset_peak
+
+    reset_peak()
+    before = peak_bytes()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start, peak_bytes() - before
+
+
+def twice(call: Callable[[], Any]) -> tuple[float, int]:
+    call()
+    return timed(call)
 
 
 def forms_of(functions: dict[str, Callable], arguments: tuple, backward: bool) -> dict[str, Callable[[], Any]]:
@@ -100,13 +118,12 @@ def forms_of(functions: dict[str, Callable], arguments: tuple, backward: bool) -
     return {name: timed(function) for name, function in functions.items()}
 
 
-def attention() -> list[dict[str, Any]]:
+def attention() -> Iterator[dict[str, Any]]:
     """Causal attention, float32, batch 1, 8 heads of 64."""
     import jax
     from pallas_kernels import attention as ours
 
     heads, width = 8, 64
-    rows = []
     for length in ATTENTION_LENGTHS:
         q, k, v = (jax.random.normal(key, (1, length, heads, width)) for key in jax.random.split(jax.random.key(0), 3))
         for backward in (False, True):
@@ -120,9 +137,7 @@ def attention() -> list[dict[str, Any]]:
             row |= {f"{name} ms": round(t, 1) for name, (t, _) in found.items()}
             row["lcr GFLOP/s"] = round(flops / found["lcr"][0] / 1e6)
             row |= {f"lcr / {name}": round(found["lcr"][0] / t, 2) for name, (t, _) in found.items() if name != "lcr"}
-            rows.append(row | {f"{name} peak MB": round(peak) for name, (_, peak) in found.items()})
-            print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+            yield row | {f"{name} peak MB": round(peak) for name, (_, peak) in found.items()}
 
 
 def torch_sdpa(arrays: tuple, backward: bool) -> dict[str, Callable[[], Any]]:
@@ -148,11 +163,10 @@ def torch_sdpa(arrays: tuple, backward: bool) -> dict[str, Callable[[], Any]]:
     return {"SDPA": both if backward else forward}
 
 
-def scans() -> list[dict[str, Any]]:
+def scans() -> Iterator[dict[str, Any]]:
     """The recurrences: our default beside its chunked form, its token loop, an associative scan and another package."""
     from experiments.scan_cases import all_cases
 
-    rows = []
     for case in all_cases():
         for backward in (False, True):
             functions = {
@@ -171,12 +185,10 @@ def scans() -> list[dict[str, Any]]:
             rivals = [t for form, (t, _) in found.items() if form in RIVALS]
             if rivals:
                 row["default / best rival"] = round(found["default"][0] / min(rivals), 2)
-            rows.append(row | {f"{form} peak MB": round(peak) for form, (_, peak) in found.items()})
-            print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+            yield row | {f"{form} peak MB": round(peak) for form, (_, peak) in found.items()}
 
 
-def streaming() -> list[dict[str, Any]]:
+def streaming() -> Iterator[dict[str, Any]]:
     """Peak resident memory of streaming a prompt through a two-layer decoder of width 64, in pieces of 4,096."""
     import jax
     import jax.numpy as jnp
@@ -186,7 +198,6 @@ def streaming() -> list[dict[str, Any]]:
 
     from lcr.evaluation.memory import peak_bytes, reset_peak
 
-    rows = []
     for mixer in ("mamba", "retnet"):
         model = lcr.make_model({"vocab_size": 256, "d_model": 64, "mixers": (mixer,) * 2}, rngs=nnx.Rngs(0))
         graph, parameters = nnx.split(model)
@@ -207,10 +218,11 @@ def streaming() -> list[dict[str, Any]]:
             jax.block_until_ready(logits)
             peaks[length] = peak_bytes()
             seconds = time.perf_counter() - start
-            rows.append({"mixer": mixer, "tokens": length, "peak MB": round(peaks[length] / 1e6, 1),
-                         "state bytes": lcr.state_bytes(states), "tokens/s, compilation included": round(length / seconds)})  # fmt: skip
-        rows[-1]["peak / peak at 65,536"] = round(peaks[1_048_576] / peaks[65_536], 3)
-    return rows
+            row = {
+                "mixer": mixer, "tokens": length, "peak MB": round(peaks[length] / 1e6, 1),
+                "state bytes": lcr.state_bytes(states), "tokens/s, compilation included": round(length / seconds),
+            }  # fmt: skip
+            yield row | ({"peak / peak at 65,536": round(peaks[length] / peaks[65_536], 3)} if len(peaks) > 1 else {})
 
 
 def table(rows: list[dict[str, Any]]) -> str:
