@@ -38,11 +38,11 @@ def compute_dtype(arguments: Mapping[str, Any]) -> Any:
 
     Raises: ValueError for an array that is not of a float dtype: cast to one, it would be returned truncated.
     """
-    dtypes = {name: leaf.dtype for name, tree in arguments.items() for leaf in jax.tree.leaves(tree)}
-    for name, dtype in dtypes.items():
+    dtypes = {(name, leaf.dtype) for name, tree in arguments.items() for leaf in jax.tree.leaves(tree)}
+    for name, dtype in dtypes:
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"{name}: dtype {dtype}; expected a float dtype")
-    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes.values() else np.float32)
+    return np.dtype(np.float64 if any(dtype == np.float64 for _, dtype in dtypes) else np.float32)
 
 
 def loop_forward(loop: Callable, chunked: Callable, scale_at: int | None = None) -> Callable:

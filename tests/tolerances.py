@@ -22,8 +22,8 @@ TOLERANCE = {
     # bfloat16 inputs and compute (8 bits of mantissa, 2^-8 = 4e-3) against the same in float32
     "bfloat16": 4e-2,
     "bfloat16 gradient": 8e-2,
-    # a bfloat16 call in pieces against the whole: float32 accumulators of the same rounded activations, of which a few
-    # may be rounded the other way; an accumulator that were itself rounded between the pieces would be off by 3e-3
+    # a bfloat16 call in pieces against the whole: float32 accumulators of the same rounded activations, by the same
+    # program; an accumulator that were itself rounded between the pieces would be off by 2e-3 and more
     "bfloat16 cut": 1e-3,
     # the same numbers by the same operations: nothing may differ
     "exact": 0.0,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax.core import FrozenDict
+from ml_collections import ConfigDict
 
 from lcr.checks import check_choice, check_flags, check_positive, check_whole, unknown_name
 from lcr.layers.feed_forward import FEED_FORWARDS, feed_forward_config
@@ -70,7 +71,9 @@ class ModelConfig:
             check_whole(d_ff=self.d_ff)
         chosen = {self.feed_forward} if isinstance(self.feed_forward, str) else set(self.feed_forward)
         if self.d_ff == 0 and chosen - {"swiglu", "none"}:
-            raise ValueError(f"d_ff=0, no feed-forward, beside feed_forward={self.feed_forward!r}: expected one or the other")
+            raise ValueError(
+                f"d_ff=0, no feed-forward, beside feed_forward={self.feed_forward!r}: expected one or the other"
+            )
         for name in self.mixer_options:
             if name not in self.mixers:
                 raise ValueError("mixer_options: " + unknown_name("mixer of this model", name, set(self.mixers)))
@@ -127,7 +130,7 @@ def check_names(argument: str, names: object) -> None:
         raise ValueError(f"{argument}={names!r}: expected a tuple of names, like {likely}")
 
 
-def model_config(config: "ModelConfig | Mapping[str, Any]") -> ModelConfig:
+def model_config(config: "ModelConfig | Mapping[str, Any] | ConfigDict") -> ModelConfig:
     """A `ModelConfig` from one, or from a mapping (a `dict`, an `ml_collections.ConfigDict`) of its fields.
 
     Raises: ValueError for an unknown field, naming the nearest.

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
 from lcr.checks import check_segment_ids, check_state
 from lcr.layers.feed_forward import feed_forward_config, make_feed_forward
@@ -217,7 +218,7 @@ def _remat(body, policy: str):
     )
 
 
-def make_model(config: ModelConfig | Mapping[str, Any], *, rngs: nnx.Rngs) -> Decoder:
+def make_model(config: ModelConfig | Mapping[str, Any] | ConfigDict, *, rngs: nnx.Rngs) -> Decoder:
     """Builds a decoder from a `ModelConfig`, or a mapping of its fields.
 
     Raises: ValueError for unknown fields, mixers and options (naming the nearest) and for bad values.

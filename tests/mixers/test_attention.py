@@ -266,3 +266,18 @@ def test_llama_with_scaled_rope(case, kv_heads, scaling):
     run, _ = rebuilt_model(weights, config, epsilon=1e-5)
     logits, _ = run(weights["embedding"][weights["tokens"]][None], [None] * 2, None)
     assert_close(logits[0], weights["logits"], "float32 oracle")
+
+
+def test_a_cache_longer_than_the_window_is_read_no_further_than_it():
+    """A state may come from a module without the window: then token by token gives what one call does."""
+    options = {"num_heads": 2, "head_dim": 4, "positions": "none"}
+    mixer = AttentionConfig(window=4, **options).make(8, rngs=nnx.Rngs(0))
+    state = AttentionConfig(**options).make(8, rngs=nnx.Rngs(0)).init_state(1, 16)
+    x = np.random.default_rng(0).standard_normal((1, 12, 8), np.float32)
+    run = jax.jit(lambda x, state: mixer(x, state))
+    whole, after = run(x, state)
+    outputs = []
+    for t in range(12):
+        y, state = run(x[:, t : t + 1], state)
+        outputs.append(y)
+    assert_close((np.concatenate(outputs, axis=1), state), (whole, after), "float32")

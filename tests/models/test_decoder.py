@@ -9,6 +9,9 @@ import lcr
 import numpy as np
 import pytest
 from flax import nnx
+from lcr.models.config import model_config
+from lcr.models.decoder import hands_on
+from ml_collections import ConfigDict
 from tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "mamba_transformers.npz"
@@ -189,3 +192,31 @@ def test_compute_dtype_leaves_parameters_in_float32():
 def test_errors_name_what_is_wrong(changes, message):
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def test_a_mixer_may_have_a_part_called_values():
+    """What hands values on is a mixer that takes `first_values`."""
+    mixer = nnx.eval_shape(lambda: lcr.make_mixer("mha", 16, rngs=nnx.Rngs(0)))
+    mixer.values = mixer.value
+    assert not hands_on(mixer) and hands_on(nnx.eval_shape(lambda: lcr.make_mixer("rwkv7", 16, rngs=nnx.Rngs(0))))
+
+
+def test_options_in_a_config_dict():
+    options = {"mha": {"num_heads": 2}}
+    config = ConfigDict({"vocab_size": 9, "d_model": 16, "mixers": ("mha",), "mixer_options": options})
+    assert dict(model_config(config).mixer_options["mha"]) == options["mha"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"feed_forward": "moe", "d_ff": 0}, "d_ff=0, no feed-forward, beside feed_forward='moe'"),
+        (
+            {"feed_forward": "channel_mixing", "feed_forward_options": {"channel_mixing": {"dtype": "float32"}}},
+            "unknown option of feed-forward 'channel_mixing': 'dtype'",
+        ),
+    ],
+)
+def test_feed_forwards_that_would_be_ignored_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        lcr.ModelConfig(**{"vocab_size": 9, "d_model": 16, "mixers": ("mha",)} | change)

@@ -16,7 +16,7 @@ from tests.tolerances import assert_close
 from tests.training.toy import toy_config
 
 VOCAB, LENGTH, EXPERTS = 11, 8, 4
-ROUTER, BIAS = "groups.blocks.0.mlp.router", "groups.blocks.0.mlp.selection_bias"
+BIAS = "groups.blocks.0.mlp.selection_bias"
 
 
 def make_model(**options):

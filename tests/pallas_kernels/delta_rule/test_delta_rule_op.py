@@ -293,7 +293,10 @@ def test_the_choice_is_logged_once(caplog):
         ({"log_decay": jnp.ones((2, 5, 3), jnp.int32)}, "log_decay of dtype int32"),
         ({"initial_state": jnp.ones((2, 3, 6, 4))}, r"\[B, H, K, V\] = \[2, 3, 4, 6\]"),
         ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"\[B, T\] = \[2, 5\]"),
-        ({"implementation": "chunky"}, "implementation='chunky': delta_rule has chunked, loop_forward, reference. Did you mean 'chunked'"),
+        (
+            {"implementation": "chunky"},
+            "implementation='chunky': delta_rule has chunked, loop_forward, reference. Did you mean 'chunked'",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

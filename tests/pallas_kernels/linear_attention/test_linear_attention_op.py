@@ -237,7 +237,10 @@ def test_the_choice_is_logged_once(caplog):
         ({"bonus": jnp.ones((4, 3))}, r"bonus of shape \(4, 3\): expected \[H, K\] = \[3, 4\]"),
         ({"initial_state": jnp.ones((2, 3, 6, 4))}, r"\[B, H, K, V\] = \[2, 3, 4, 6\]"),
         ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"\[B, T\] = \[2, 5\]"),
-        ({"implementation": "chunky"}, "implementation='chunky': linear_attention has chunked, loop_forward, reference. Did you mean 'chunked'"),
+        (
+            {"implementation": "chunky"},
+            "implementation='chunky': linear_attention has chunked, loop_forward, reference. Did you mean 'chunked'",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
