@@ -14,7 +14,7 @@ from experiments.configs.passkey import ARCHITECTURES, get_config
 from lcr.checks import unknown_name
 
 MAX_LENGTH = 65_536
-MAX_TOKENS = 655_360  # of one length: at 65,536 tokens two prompts for each depth, at 16,384 eight
+MAX_TOKENS = 327_680  # of one length: at 65,536 tokens one prompt for each depth, at 16,384 four
 A_MILLION = ("mamba",)
 
 

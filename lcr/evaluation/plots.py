@@ -30,16 +30,18 @@ DARK = Theme(ground="#161b22", text="#e6edf3", muted="#9aa4af", grid="#30363d", 
 # of Okabe and Ito, to be told apart with any colour vision; markers differ too
 COLOURS = ("#2f7fc1", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f8790")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+MOST_BANDS = 6  # series whose intervals can be told apart in one panel
 METRICS = {"exact_match": "chance_exact_match", "digit_accuracy": "chance_digit"}  # and what guessing gives
 MAP = "viridis"  # equal steps look equal, and it stays ordered in grey
 
 
 def style(index: int) -> dict:
-    """Colour, marker and dashes of the series of this index."""
+    """Colour, marker and dashes of the series of this index; no two of 64 have both colour and marker in common."""
+    again = index // len(COLOURS)
     return {
         "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": ("-", "--", ":")[index // len(COLOURS) % 3],
+        "marker": MARKERS[(index + again) % len(MARKERS)],
+        "linestyle": ("-", "--", ":")[again % 3],
     }
 
 
@@ -120,7 +122,8 @@ def mark_training(axes: Axes, columns: np.ndarray, width: float, series: Series,
 
 
 def draw_accuracy(all_series: Sequence[Series], theme: Theme = LIGHT) -> Figure:
-    """Exact match and digits right, all depths together, against length; bands are 95% intervals."""
+    """Exact match and digits right, all depths together, against length; bands are 95% intervals (of more than
+    `MOST_BANDS` series they would only darken one another, and are left out)."""
     figure = Figure(figsize=(11, 4.6), layout="constrained", facecolor=theme.ground)
     lengths = sorted({length for series in all_series for length in series.lengths})
     panels = figure.subplots(1, 2, sharey=True)
@@ -140,6 +143,8 @@ def draw_accuracy(all_series: Sequence[Series], theme: Theme = LIGHT) -> Figure:
             )
             low = [getattr(p, metric + "_low") for p in pooled]
             high = [getattr(p, metric + "_high") for p in pooled]
+            if len(all_series) > MOST_BANDS:
+                continue
             if len(pooled) > 1:
                 axes.fill_between(series.lengths, low, high, color=look["color"], alpha=0.15, linewidth=0)
             else:
@@ -168,8 +173,10 @@ def draw_accuracy(all_series: Sequence[Series], theme: Theme = LIGHT) -> Figure:
 
 
 def draw_state(all_series: Sequence[Series], theme: Theme = LIGHT) -> Figure:
-    """Exact match (95% interval) against the bytes of one sequence's state, at up to four of the lengths."""
-    lengths = sorted({length for series in all_series for length in series.lengths})
+    """Exact match (95% interval) against the bytes of one sequence's state, at up to four of the lengths that half
+    of the series have or more."""
+    every = sorted({length for series in all_series for length in series.lengths})
+    lengths = [n for n in every if 2 * sum(n in series.lengths for series in all_series) >= len(all_series)] or every
     chosen = np.linspace(0, len(lengths) - 1, min(4, len(lengths))).round().astype(int)
     figure = Figure(figsize=(11 if len(chosen) > 2 else 7, 4.2), layout="constrained", facecolor=theme.ground)
     panels = figure.subplots(1, len(chosen), sharex=True, sharey=True, squeeze=False)[0]

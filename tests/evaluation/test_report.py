@@ -159,6 +159,18 @@ def test_accuracy_is_drawn_with_bands_chance_and_training_length():
     assert {round(y, 6) for x, y in corners if x == 1024} == {round(low, 6), round(high, 6)}
 
 
+def test_many_series_have_styles_of_their_own_and_no_bands():
+    rows = [row for i in range(18) for row in make_rows(f"kind{i}", (18, 9, 0))]
+    longer = [dataclasses.replace(row, length=1 << 20) for row in make_rows("kind0") if row.length == 1024]
+    series, _ = select_series(rows + longer)
+    figure = plots.draw_accuracy(series)
+    assert not figure.axes[0].collections
+    looks = [plots.style(i) for i in range(64)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 64, "points have no dashes"
+    titles = [axes.get_title(loc="left") for axes in plots.draw_state(series).axes]
+    assert titles == ["at 512 tokens", "at 1K tokens", "at 64K tokens"], "at a million tokens there is one of eighteen"
+
+
 def test_state_is_drawn_at_the_bytes_of_each_length():
     growing = [dataclasses.replace(row, state_bytes=64 * row.length) for row in make_rows("mha", (20, 10, 0))[:-3]]
     series, _ = select_series(make_rows() + growing)
