@@ -25,10 +25,11 @@ from absl import app, flags
 
 ATTENTION_LENGTHS = (2048, 4096, 8192, 16_384)
 RIVALS = ("token loop", "associative", "jla")  # of a recurrence's default
-SHORT, LONG = 1.0, 5.0  # seconds, see `in_turns`
+LONG = 5.0  # seconds, see `in_turns`
 DENSE_BYTES = 4 << 30  # a rival that would hold more than this in T x T scores, or in states, is left out
 
 PARTS = flags.DEFINE_list("parts", ["attention", "scans", "streaming"], "Which parts to run.")
+OPS = flags.DEFINE_list("ops", None, "Of the scans, these alone ('RWKV-7', ...); other rows of the file stay.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of each form; the median counts.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "experiments/benchmarks/cpu.json", "Where the results go.")
 
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     for part in PARTS.value:
         rows = []
+        if part == "scans" and OPS.value is not None:
+            rows = [row for row in results.get(part, {}).get("rows", []) if row["op"] not in OPS.value]
         for row in runs[part]():
             print(row, file=sys.stderr, flush=True)
             rows.append(row)
@@ -68,21 +71,28 @@ def machine() -> dict[str, Any]:
 def in_turns(forms: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, float]]:
     """(median milliseconds, peak MB) of each form; every form once, then every form again, and so on.
 
-    A form that takes less than a second is called once more, untimed, before each timed call: the first call after a
-    rival that held gigabytes pays for memory that the rival gave back to the system. One that takes more than five is
-    timed once.
+    Each timed call has an untimed one before it: the first call after a rival that held gigabytes pays for memory that
+    the rival gave back to the system. A form that takes more than five seconds is timed once, and one that runs out of
+    memory is left out.
     """
+    import jax
+
     times, peaks = {}, {}
-    for name, call in forms.items():
-        call()  # compiles
-        seconds, peaks[name] = timed(call)
+    for name, call in list(forms.items()):
+        try:
+            call()  # compiles
+            seconds, peaks[name] = timed(call)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or name == next(iter(forms)):
+                raise
+            print(f"{name}: out of memory", file=sys.stderr, flush=True)
+            continue
         times[name] = [seconds] if seconds > LONG else []
-        # what decides whether it is called twice
-        forms[name] = functools.partial(twice if seconds < SHORT else timed, call)
     for _ in range(REPEATS.value):
-        for name, call in forms.items():
+        for name in times:
             if not times[name] or times[name][0] <= LONG:
-                seconds, peak = call()
+                forms[name]()
+                seconds, peak = timed(forms[name])
                 times[name].append(seconds)
                 peaks[name] = max(peaks[name], peak)
     return {name: (1e3 * statistics.median(t), peaks[name] / 1e6) for name, t in times.items()}
@@ -97,11 +107,6 @@ def timed(call: Callable[[], Any]) -> tuple[float, int]:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start, peak_bytes() - before
-
-
-def twice(call: Callable[[], Any]) -> tuple[float, int]:
-    call()
-    return timed(call)
 
 
 def forms_of(functions: dict[str, Callable], arguments: tuple, backward: bool) -> dict[str, Callable[[], Any]]:
@@ -168,7 +173,7 @@ def scans() -> Iterator[dict[str, Any]]:
     from experiments.scan_cases import all_cases
 
     for case in all_cases():
-        for backward in (False, True):
+        for backward in (False, True) if OPS.value is None or case.op in OPS.value else ():
             functions = {
                 name: functools.partial(case.ours, implementation=implementation)
                 for name, implementation in (("default", None), ("chunked", "chunked"), ("token loop", "reference"))

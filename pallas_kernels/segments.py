@@ -22,6 +22,12 @@ def document_index(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], B
     return jnp.cumsum(starts, axis=1, dtype=jnp.int32), valid
 
 
+def document_starts(segment_ids: Int[Array, "B T"]) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
+    """`(starts, valid)`: where a document begins that does not continue the state, and what is no padding."""
+    valid = segment_ids != 0
+    return _boundaries(segment_ids, valid), valid
+
+
 def _boundaries(segment_ids, valid):
     """Where a real token's id differs from that of the real token before it in the row."""
     length = segment_ids.shape[1]

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.delta_rule.chunked import chunked
+from pallas_kernels.delta_rule.loop import loop
 from pallas_kernels.delta_rule.reference import reference
 from pallas_kernels.dispatch import choose, loop_forward
 
-# The largest state, in numbers (B H K V), for which the token loop is the faster one forward. Measured on two busy CPU
-# cores, float32, T = 4096, K = V = 64: the loop takes 0.6 to 0.8 of the chunked form's time at 16,384; at 65,536 and
-# 131,072 as long with a decay a channel, and 1.5 of it with one decay a head (131,072). Forward and backward it takes
-# about 3 times as long at 16,384.
-LOOP_STATE = 32_768
-
+# The state, in numbers (B H K V), from which on the token loop is the faster one forward with one decay a head. Measured
+# on two CPU cores, float32, T = 4096, K = V = 64: the loop takes 1.0 to 1.4 of the chunked form's time at 16,384 to
+# 131,072 and 0.85 of it at 524,288. With a decay for each channel, for which the chunked form has more to do, it takes
+# 0.6 to 1.1 of it at all of these.
+LOOP_STATE = 262_144
 
 def delta_rule(
     q: Float[Array, "B T H K"],
@@ -58,23 +58,25 @@ def delta_rule(
     Sources: arXiv 2406.06484 (DeltaNet, section 3), 2412.06464 (Gated DeltaNet), 2503.14456 (RWKV-7).
     """
     _check(q, k, v, a, b, log_decay, initial_state, segment_ids)
-    default = default_implementation(q.shape, v.shape[-1], jax.default_backend())
+    vector = log_decay is not None and log_decay.ndim == 4
+    default = default_implementation(q.shape, v.shape[-1], jax.default_backend(), vector)
     run = choose("delta_rule", IMPLEMENTATIONS, implementation, default)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return run(q, k, v, a, b, log_decay, initial_state, segment_ids, scale)
 
 
-def default_implementation(shape: tuple[int, int, int, int], value_width: int, backend: str) -> str:
-    """What `implementation=None` stands for, given q's shape, V and JAX's default backend."""
+def default_implementation(shape: tuple[int, int, int, int], value_width: int, backend: str, vector: bool) -> str:
+    """What `implementation=None` stands for, given q's shape, V, JAX's default backend, and whether channels have decays
+    of their own."""
     batch, length, heads, width = shape
-    small = batch * heads * width * value_width <= LOOP_STATE
-    return "loop_forward" if backend == "cpu" and small and length > 1 else "chunked"
+    by_token = vector or batch * heads * width * value_width >= LOOP_STATE
+    return "loop_forward" if backend == "cpu" and by_token and length > 1 else "chunked"
 
 
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
-    "loop_forward": loop_forward(reference, chunked, scale_at=8),
+    "loop_forward": loop_forward(loop, chunked, scale_at=8),
 }
 
 

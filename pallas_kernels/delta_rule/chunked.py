@@ -14,10 +14,13 @@ and the state after the chunk are products of matrices (the WY or UT form: arXiv
 section 3.3). Every exponent is a sum of log decays, so never above 0: nothing can overflow, whatever the gates.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.chunks import scan_chunks
 from pallas_kernels.delta_rule.blocks import product, solve
 from pallas_kernels.delta_rule.decays import factors, scores
 from pallas_kernels.delta_rule.reference import Tokens, first_state, mark_documents, step
@@ -39,33 +42,29 @@ def chunked(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """See `delta_rule`. Any T: the last chunk is filled up with tokens that change nothing.
 
-    Backward: differentiated through the scan, with everything inside a chunk computed again; what is kept is one
-    state a chunk, `B H K V / C` numbers a token.
+    Backward: with everything inside a chunk computed again; what is kept is one state a chunk, `B H K V / C` numbers a
+    token.
     """
     tokens = mark_documents(q, k, v, a, b, log_decay, segment_ids)
     state = first_state(q, v, initial_state)
-    batch, length, heads = q.shape[:3]
-    if length == 1:
+    if q.shape[1] == 1:
         state, o = step(state, jax.tree.map(lambda x: x[:, 0], tokens), scale)
         return o[:, None].astype(v.dtype), state
 
-    chunk = chunk or CHUNK
-    while chunk // 2 >= length:
-        chunk //= 2
-    count = -(-length // chunk)
+    state, o = scan_chunks(functools.partial(_body, scale=scale, dtype=v.dtype), chunk or CHUNK, None, state, tokens)
+    return o, state
 
-    def split(x):  # [B, T, H, K] -> [T / C, B, H, C, K]
-        x = jnp.pad(x, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
-        return x.reshape(batch, count, chunk, heads, -1).transpose(1, 0, 3, 2, 4)
 
-    def body(state, tokens):
-        tokens = jax.tree.map(lambda x: x.astype(state.dtype), tokens)
-        state, o = _chunk(state, tokens, scale)
-        return state, o.astype(v.dtype)
+def _body(shared, state, tokens, *, scale, dtype):
+    """One chunk, filled up to a power of two, heads before tokens."""
+    length = tokens.q.shape[1]
+    size = max(2, 1 << (length - 1).bit_length())
 
-    state, o = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, jax.tree.map(split, tokens))
-    o = o.transpose(1, 0, 3, 2, 4).reshape(batch, count * chunk, heads, -1)
-    return o[:, :length], state
+    def heads_first(x):
+        return jnp.swapaxes(jnp.pad(x.astype(state.dtype), ((0, 0), (0, size - length), (0, 0), (0, 0))), 1, 2)
+
+    state, o = _chunk(state, jax.tree.map(heads_first, tokens), scale)
+    return state, jnp.swapaxes(o, 1, 2)[:, :length].astype(dtype)
 
 
 def _chunk(state: Float[Array, "B H K V"], tokens: Tokens, scale: float):

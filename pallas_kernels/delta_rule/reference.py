@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.segments import document_index
+from pallas_kernels.segments import document_starts
 
 
 class Tokens(NamedTuple):
@@ -33,9 +33,7 @@ def mark_documents(q, k, v, a, b, log_decay, segment_ids) -> Tokens:
         log_decay = jnp.zeros((batch, length, heads), dtype)
     log_decay = log_decay.astype(dtype).reshape(batch, length, heads, -1)
     if segment_ids is not None:
-        index, valid = document_index(segment_ids)
-        starts = (jnp.diff(index, axis=1, prepend=jnp.zeros_like(index[:, :1])) > 0)[:, :, None, None]
-        valid = valid[:, :, None, None]
+        starts, valid = (x[:, :, None, None] for x in document_starts(segment_ids))
         q, k, v, a, b, log_decay = (
             jnp.where(valid, x, jnp.zeros((), x.dtype)) for x in (q, k, v, a, b, log_decay)
         )

@@ -6,14 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import choose, loop_forward
 from pallas_kernels.linear_attention.chunked import chunked
+from pallas_kernels.linear_attention.loop import loop
 from pallas_kernels.linear_attention.reference import reference
-
-# The largest state, in numbers (B H K V), that the token loop works on within a core's cache. Measured forward on two
-# CPU cores, float32, T from 640 to 4096: the loop takes 0.5 to 0.9 of the chunked form's time up to here, and 0.9 to
-# 1.5 of it at two to four times as much. Forward and backward it takes 3 to 11 times as long, at every size.
-# With a decay for each channel the chunked form has more to do, and the loop takes 0.25 to 0.7 of its time forward at
-# every size tried, up to 2 million numbers; forward and backward it takes 3 to 4 times as long.
-LOOP_STATE = 32_768
 
 
 def linear_attention(
@@ -58,26 +52,26 @@ def linear_attention(
     2312.06635, equation 3; RWKV-6 (bonus), arXiv 2404.05892, equation 19.
     """
     _check(q, k, v, log_decay, bonus, initial_state, segment_ids)
-    vector = log_decay is not None and log_decay.ndim == 4
-    default = default_implementation((*v.shape[:3], q.shape[3]), v.shape[3], jax.default_backend(), vector)
+    default = default_implementation(q.shape[1], jax.default_backend())
     run = choose("linear_attention", IMPLEMENTATIONS, implementation, default)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return run(q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
 
 
-def default_implementation(
-    shape: tuple[int, int, int, int], value_width: int, backend: str, vector: bool = False
-) -> str:
-    """What `implementation=None` stands for, given `[B, T, H, K]`, V, JAX's default backend and the kind of decay."""
-    batch, length, heads, width = shape
-    small = vector or batch * heads * width * value_width <= LOOP_STATE
-    return "loop_forward" if backend == "cpu" and small and length > 1 else "chunked"
+def default_implementation(length: int, backend: str) -> str:
+    """What `implementation=None` stands for, given T and JAX's default backend.
+
+    Measured forward on two CPU cores, float32, T = 4096, K = V = 64, batch 1 and 8, 4 and 16 heads: the loop takes 0.5 to
+    1.1 of the chunked form's time with a scalar decay, 0.25 to 0.95 of it with one decay a channel. Forward and backward
+    a token loop takes 3 to 11 times as long.
+    """
+    return "loop_forward" if backend == "cpu" and length > 1 else "chunked"
 
 
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
-    "loop_forward": loop_forward(reference, chunked, scale_at=6),
+    "loop_forward": loop_forward(loop, chunked, scale_at=6),
 }
 
 

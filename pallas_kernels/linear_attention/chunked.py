@@ -12,6 +12,7 @@ or, with a bonus u for the token itself,
 Every exponent is a sum of log decays, so never above 0: nothing can overflow, whatever the gates.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.chunks import scan_chunks
 from pallas_kernels.linear_attention.reference import (
     as_log_decay,
     empty_state,
@@ -29,13 +31,13 @@ from pallas_kernels.linear_attention.reference import (
     token_inputs,
 )
 from pallas_kernels.linear_attention.vector_decay import vector_chunked
-from pallas_kernels.segments import document_index
+from pallas_kernels.segments import document_index, document_starts
 
 CHUNK = 64  # fastest of 32, 64, 128 and 256 on CPU, forward and backward, for widths from 16 to 128
 
 
 class Chunk(NamedTuple):
-    """One chunk of the inputs; over all chunks, the same with the chunks in front."""
+    """The inputs, or one chunk of them."""
 
     q: Float[Array, "B C G K"]
     k: Float[Array, "B C G K"]
@@ -75,15 +77,16 @@ def chunked(
     """See `linear_attention`. Any T: full chunks (of `CHUNK` tokens if None) are scanned, what is left over is one
     shorter chunk.
 
-    Backward: differentiated through the scan, with everything inside a chunk computed again; what is kept is one
-    state a chunk, `B H K V / C` numbers a token.
+    Backward: with everything inside a chunk computed again; what is kept is one state a chunk, `B H K V / C` numbers a
+    token.
     """
     length, chunk = q.shape[1], chunk or CHUNK
     state = empty_state(q, v) if initial_state is None else initial_state
     dtype = np.promote_types(q.dtype, np.float32)
     if length == 1:
-        token = jax.tree.map(lambda x: x[0], token_inputs(q, k, v, log_decay, segment_ids, scale, bonus))
-        state, o = step(state.astype(dtype), *token)
+        starts, valid = (None, None) if segment_ids is None else document_starts(segment_ids)
+        tokens = token_inputs(q, k, v, log_decay, starts, valid, scale, bonus)
+        state, o = step(state.astype(dtype), *jax.tree.map(lambda x: x[:, 0], tokens))
         return o[:, None].astype(v.dtype), state
 
     if log_decay is not None and log_decay.ndim == 4:
@@ -98,45 +101,34 @@ def chunked(
     if own is not None and valid is not None:
         own = jnp.where(valid[:, :, None], own, jnp.zeros((), dtype))
     inputs = Chunk(q, k, v, log_decay if constant is None else None, index, valid, own)
-    count, rest = divmod(length, chunk)
-    whole = length - rest
-    carry = (state.astype(dtype), jnp.zeros(q.shape[0], jnp.int32))
-    outputs = []
-    if count:
-        chunks = jax.tree.map(lambda x: _split(x[:, :whole], count), inputs)
-        carry, o = jax.lax.scan(_body(constant, chunk, scale, bonus is not None), carry, chunks)
-        outputs.append(jnp.moveaxis(o, 0, 1).reshape(v.shape[0], whole, *v.shape[2:]))
-    if rest:
-        carry, o = _body(constant, rest, scale, bonus is not None)(carry, jax.tree.map(lambda x: x[:, whole:], inputs))
-        outputs.append(o)
-    return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0], carry[0]
+    carry = state.astype(dtype), jnp.zeros(q.shape[0], jnp.int32)
+    body = functools.partial(_body, scale=scale, exclusive=bonus is not None)
+    table = None
+    if constant is not None and valid is None:  # made once, but for a last chunk that is shorter
+        table = _decays(_counts(constant, jnp.ones((1, min(chunk, length)), bool)), bonus is not None)
+    (state, _), o = scan_chunks(body, chunk, (constant, table), carry, inputs)
+    return o, state
 
 
-def _split(x, count):
-    """`[B, T, ...]` to `[T / C, B, C, ...]`."""
-    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
-
-
-def _body(constant, length, scale, exclusive):
-    """The scan's body. Tables of a constant decay are made once, here, unless padding makes rows differ."""
-    table = None if constant is None else _decays(_counts(constant, jnp.ones((1, length), bool)), exclusive)
-
-    def body(carry, x):
-        state, document = carry  # `document`: the index of the one that the state belongs to
-        dtype = state.dtype
-        if x.log_decay is not None:
-            decays = _decays(_running_sums(x.log_decay, x.valid), exclusive)
-        else:
-            decays = table if x.valid is None else _decays(_counts(constant, x.valid), exclusive)
-        if x.valid is not None:
-            decays = _part_documents(decays, x.index, x.valid, document)
-            document = x.index[:, -1]
-        state, o = _chunk(state, x.q.astype(dtype) * scale, x.k.astype(dtype), x.v.astype(dtype), decays)
-        if exclusive:
-            o = o + x.own[..., None] * x.v.astype(dtype)
-        return (state, document), o.astype(x.v.dtype)
-
-    return jax.checkpoint(body, prevent_cse=False)
+def _body(shared, carry, x, *, scale, exclusive):
+    """One chunk: the state after it, and its outputs."""
+    constant, table = shared
+    state, document = carry  # `document`: the index of the one that the state belongs to
+    dtype, length = state.dtype, x.q.shape[1]
+    if x.log_decay is not None:
+        decays = _decays(_running_sums(x.log_decay, x.valid), exclusive)
+    elif table is not None and table.since.shape[-1] == length:
+        decays = table
+    else:
+        real = jnp.ones((1, length), bool) if x.valid is None else x.valid
+        decays = _decays(_counts(constant, real), exclusive)
+    if x.valid is not None:
+        decays = _part_documents(decays, x.index, x.valid, document)
+        document = x.index[:, -1]
+    state, o = _chunk(state, x.q.astype(dtype) * scale, x.k.astype(dtype), x.v.astype(dtype), decays)
+    if exclusive:
+        o = o + x.own[..., None] * x.v.astype(dtype)
+    return (state, document), o.astype(x.v.dtype)
 
 
 def _chunk(state, q, k, v, decays):

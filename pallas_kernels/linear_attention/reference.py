@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.segments import document_index
+from pallas_kernels.segments import document_starts
 
 
 def step(
@@ -14,19 +14,22 @@ def step(
     k: Float[Array, "B H K"],
     v: Float[Array, "B H V"],
     keep: Float[Array, "B H 1"] | Float[Array, "B H K"],
-    valid: Float[Array, "B"],
+    valid: Bool[Array, "B"] | None,
     own: Float[Array, "B H"] | None = None,
 ) -> tuple[Float[Array, "B H K V"], Float[Array, "B H V"]]:
     """One token: S <- diag(keep) S + k v^T and o = q S, or, with a bonus, o = q S_before + own v.
 
-    Where `valid` is 0 the state stays as it is and o is 0.
+    Where `valid` is False the state stays as it is and o is 0; None: it is True everywhere.
     """
     written = keep[..., None] * state + k[:, :, :, None] * v[:, :, None, :]
-    if own is None:
-        after = jnp.where(valid[:, None, None, None] != 0, written, state)
-        return after, jnp.sum(q[:, :, :, None] * after, axis=2) * valid[:, None, None]
-    o = jnp.sum(q[:, :, :, None] * state, axis=2) + own[:, :, None] * v
-    return jnp.where(valid[:, None, None, None] != 0, written, state), o * valid[:, None, None]
+    read = written if own is None else state
+    o = jnp.sum(q[:, :, :, None] * read, axis=2)
+    if own is not None:
+        o = o + own[:, :, None] * v
+    if valid is None:
+        return written, o
+    zero = jnp.zeros((), o.dtype)
+    return jnp.where(valid[:, None, None, None], written, state), jnp.where(valid[:, None, None], o, zero)
 
 
 def reference(
@@ -41,32 +44,33 @@ def reference(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """See `linear_attention`. Memory of the backward pass: one state for every token."""
     dtype = np.promote_types(q.dtype, np.float32)
-    per_token = token_inputs(q, k, v, log_decay, segment_ids, scale, bonus)
+    starts, valid = (None, None) if segment_ids is None else document_starts(segment_ids)
+    tokens = token_inputs(q, k, v, log_decay, starts, valid, scale, bonus)
+    per_token = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
     state = empty_state(q, v) if initial_state is None else initial_state.astype(dtype)
     state, o = jax.lax.scan(lambda s, x: step(s, *x), state, per_token)
     return jnp.moveaxis(o, 0, 1).astype(v.dtype), state
 
 
-def token_inputs(q, k, v, log_decay, segment_ids, scale, bonus=None):
-    """What `step` takes for each token, time first: q (scaled), k, v, keep, valid, own (None without a bonus)."""
+def token_inputs(q, k, v, log_decay, starts, valid, scale, bonus=None):
+    """What `step` takes for each token, `[B, T, ...]`: q (scaled), k, v, keep, valid, own (None without a bonus).
+
+    starts, valid: as `document_starts` gives them, or None.
+    """
     dtype = np.promote_types(q.dtype, np.float32)
     batch, length, heads = v.shape[:3]
     q, k = for_each_head(q, heads), for_each_head(k, heads)
     log_decay = jnp.zeros(heads, dtype) if log_decay is None else log_decay.astype(dtype)
     keep = jnp.exp(log_decay if log_decay.ndim == 4 else log_decay[..., None])
     keep = jnp.broadcast_to(keep, (batch, length, *keep.shape[-2:]))
-    valid = jnp.ones((batch, length), dtype)
     own = None if bonus is None else read_and_write(q, k, bonus, scale)
     read = q.astype(dtype) * scale
-    if segment_ids is not None:
-        index, real = document_index(segment_ids)
-        starts = (jnp.diff(index, axis=1, prepend=jnp.zeros_like(index[:, :1])) > 0)[:, :, None, None]
+    if starts is not None:
+        starts = starts[:, :, None, None]
         keep = jnp.where(starts, jnp.zeros((), dtype), keep)
-        valid = real.astype(dtype)
         if bonus is not None:  # the state that is read is that of the document before
             read = jnp.where(starts, jnp.zeros((), dtype), read)
-    tokens = (read, k.astype(dtype), v.astype(dtype), keep, valid, own)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    return read, k.astype(dtype), v.astype(dtype), keep, valid, own
 
 
 def read_and_write(

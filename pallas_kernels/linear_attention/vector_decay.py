@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.chunks import scan_chunks
 from pallas_kernels.linear_attention.reference import (
     as_log_decay,
     empty_state,
@@ -25,14 +26,14 @@ from pallas_kernels.linear_attention.reference import (
     product,
     read_and_write,
 )
-from pallas_kernels.segments import document_index
+from pallas_kernels.segments import document_starts
 
 BLOCK = 16
 CHUNK = 64  # fastest on CPU, forward and backward, of 32, 64 and 128 with blocks of 8, 16 and 32
 
 
 class Chunk(NamedTuple):
-    """One chunk of the inputs, heads before tokens; over all chunks, the same with the chunks in front."""
+    """The inputs, `[B, T, H, ...]`; or one chunk of them, heads before tokens."""
 
     read: Float[Array, "B H C K"]  # q, or 0 where the state must not be read
     k: Float[Array, "B H C K"]
@@ -51,10 +52,11 @@ def vector_chunked(
     scale: float,
     bonus: Float[Array, "H K"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """See `linear_attention`. Any T: filled up with tokens that leave the state alone.
+    """See `linear_attention`. Any T: what is left over of whole chunks is filled up to blocks with tokens that leave the
+    state alone.
 
-    Backward: differentiated through the scan over chunks, with everything inside a chunk computed again; what is
-    kept is one state a chunk, `B H K V / C` numbers a token.
+    Backward: with everything inside a chunk computed again; what is kept is one state a chunk, `B H K V / C` numbers a
+    token.
     """
     length, dtype = q.shape[1], np.promote_types(q.dtype, np.float32)
     state = empty_state(q, v) if initial_state is None else initial_state.astype(dtype)
@@ -62,23 +64,26 @@ def vector_chunked(
     own = read_and_write(q, k, bonus, scale)
     read, log_decay = q, as_log_decay(log_decay, dtype)
     if segment_ids is not None:
-        index, valid = document_index(segment_ids)
-        starts = jnp.diff(index, axis=1, prepend=jnp.zeros_like(index[:, :1])) > 0
+        starts, valid = document_starts(segment_ids)
         # A boundary is a decay to nothing; with a bonus it must come before the token reads.
         nothing = as_log_decay(jnp.full((), -jnp.inf, dtype), dtype)
         log_decay = _where(valid, jnp.where(starts[:, :, None, None], nothing, log_decay))
         read, k, own = _where(valid if bonus is None else valid & ~starts, read), _where(valid, k), _where(valid, own)
-    chunk = min(CHUNK, -(-length // BLOCK) * BLOCK)
-    count = -(-length // chunk)
+    body = functools.partial(_body, scale=scale, exclusive=bonus is not None)
+    state, o = scan_chunks(body, CHUNK, None, state, Chunk(read, k, v, log_decay, own))
+    return o, state
 
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, count * chunk - length)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), (1, 3), (0, 2))
 
-    inputs = jax.tree.map(split, Chunk(read, k, v, log_decay, own))
-    body = jax.checkpoint(functools.partial(_chunk, scale=scale, exclusive=bonus is not None), prevent_cse=False)
-    state, o = jax.lax.scan(body, state, inputs)
-    return jnp.moveaxis(o, (0, 2), (1, 3)).reshape(v.shape[0], -1, *v.shape[2:])[:, :length], state
+def _body(shared, state, x, *, scale, exclusive):
+    """One chunk, filled up to whole blocks, heads before tokens."""
+    length = x.k.shape[1]
+
+    def heads_first(array):
+        array = jnp.pad(array, ((0, 0), (0, -length % BLOCK)) + ((0, 0),) * (array.ndim - 2))
+        return jnp.swapaxes(array, 1, 2)
+
+    state, o = _chunk(state, jax.tree.map(heads_first, x), scale=scale, exclusive=exclusive)
+    return state, jnp.swapaxes(o, 1, 2)[:, :length]
 
 
 def _where(mask, x):

@@ -74,6 +74,7 @@ fast_outputs_and_gradients = jax.jit(with_gradients, static_argnames="implementa
         (Shape(B=2, T=200, H=3, K=4, V=6), True),
         (Shape(B=2, T=150, H=2, K=5, V=3, decay="vector"), True),
         (Shape(B=1, T=70, H=2, K=1, V=3, decay="vector"), False),
+        (Shape(B=1, T=CHUNK + 1, H=2, K=4, V=3), False),  # a last chunk of one token
         (Shape(B=3, T=1, H=2, K=4, V=6), True),
     ],
     ids=lambda x: f"T{x.T}-{x.decay}" if isinstance(x, Shape) else "packed" if x else "",
@@ -264,11 +265,12 @@ def test_one_token_is_a_direct_step():
     assert_close(run(*positional), expected, "float32")
 
 
-def test_default_follows_the_state_size():
-    assert api.default_implementation((1, 4096, 4, 64), 64, "cpu") == "loop_forward"
-    assert api.default_implementation((1, 1, 4, 64), 64, "cpu") == "chunked"
-    assert api.default_implementation((8, 4096, 4, 64), 64, "cpu") == "chunked"
-    assert api.default_implementation((1, 4096, 4, 64), 64, "gpu") == "chunked"
+def test_default_follows_state_decay_and_device():
+    def default(batch, length=4096, backend="cpu", vector=False):
+        return api.default_implementation((batch, length, 4, 64), 64, backend, vector)
+
+    assert default(8) == default(1) == default(16, length=1) == default(16, backend="gpu") == "chunked"
+    assert default(16) == default(1, vector=True) == "loop_forward"
 
 
 def test_the_choice_is_logged_once(caplog):

@@ -66,6 +66,7 @@ fast_outputs_and_gradients = jax.jit(with_gradients, static_argnames="implementa
     [
         (SHAPES["ragged"], False),
         (Shape(B=2, T=200, H=3, K=4, V=6, decay="head"), True),
+        (Shape(B=2, T=CHUNK + 1, H=3, K=4, V=6, decay="head"), False),  # a last chunk of one token
         (Shape(B=3, T=1, H=2, K=4, V=6), True),
     ],
     ids=lambda x: f"T{x.T}-{x.decay}" if isinstance(x, Shape) else "packed" if x else "",
@@ -205,12 +206,9 @@ def test_one_token_is_a_direct_step():
     assert_close(run(*positional), expected, "float32")
 
 
-def test_default_follows_the_state_size():
-    assert api.default_implementation((1, 4096, 4, 64), 64, "cpu") == "loop_forward"
-    assert api.default_implementation((8, 4096, 4, 64), 64, "cpu") == "chunked"
-    assert api.default_implementation((8, 4096, 4, 64), 64, "cpu", vector=True) == "loop_forward"
-    assert api.default_implementation((1, 1, 4, 64), 64, "cpu") == "chunked"
-    assert api.default_implementation((1, 4096, 4, 64), 64, "gpu") == "chunked"
+def test_default_follows_length_and_device():
+    assert api.default_implementation(4096, "cpu") == "loop_forward"
+    assert api.default_implementation(1, "cpu") == api.default_implementation(4096, "gpu") == "chunked"
 
 
 def test_the_choice_is_logged_once(caplog):
