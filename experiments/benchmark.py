@@ -46,17 +46,24 @@ def main(argv: list[str]) -> None:
     results = json.loads(out.read_text()) if out.exists() else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     for part in PARTS.value:
-        rows = []
-        if part == "scans" and OPS.value is not None:
-            rows = [row for row in results.get(part, {}).get("rows", []) if row["op"] not in OPS.value]
+        rows = results.get(part, {}).get("rows", []) if part == "scans" and OPS.value is not None else []
         for row in runs[part]():
             print(row, file=sys.stderr, flush=True)
-            rows.append(row)
+            rows = put(rows, row)
             results[part] = {"machine": machine(), "rows": rows}
             whole = out.with_suffix(".tmp")  # an interruption leaves the old file, or the new one
             whole.write_text(json.dumps(results, indent=1) + "\n")
             whole.replace(out)
         print(f"\n{part}\n\n{table(rows)}\n", flush=True)
+
+
+def put(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with this one for the one of the same op, shape and pass, where it was; or at the end."""
+    keys = [[old.get(key) for key in ("op", "shape", "pass")] for old in rows]
+    key = [row.get(key) for key in ("op", "shape", "pass")]
+    if key[0] is None or key not in keys:
+        return [*rows, row]
+    return [row if old == key else before for old, before in zip(keys, rows, strict=True)]
 
 
 def machine() -> dict[str, Any]:
@@ -77,24 +84,24 @@ def in_turns(forms: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, floa
     """
     import jax
 
-    times, peaks = {}, {}
-    for name, call in list(forms.items()):
-        try:
-            call()  # compiles
-            seconds, peaks[name] = timed(call)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or name == next(iter(forms)):
-                raise
-            print(f"{name}: out of memory", file=sys.stderr, flush=True)
-            continue
-        times[name] = [seconds] if seconds > LONG else []
-    for _ in range(REPEATS.value):
-        for name in times:
-            if not times[name] or times[name][0] <= LONG:
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    peaks = dict.fromkeys(forms, 0)
+    for turn in range(1 + REPEATS.value):  # the first compiles, and shows how long it takes
+        for name in list(times):
+            if turn and times[name] and times[name][0] > LONG:
+                continue
+            try:
                 forms[name]()
                 seconds, peak = timed(forms[name])
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or name == next(iter(forms)):
+                    raise
+                print(f"{name}: out of memory", file=sys.stderr, flush=True)
+                del times[name]
+                continue
+            if turn or seconds > LONG:
                 times[name].append(seconds)
-                peaks[name] = max(peaks[name], peak)
+            peaks[name] = max(peaks[name], peak)
     return {name: (1e3 * statistics.median(t), peaks[name] / 1e6) for name, t in times.items()}
 
 
@@ -170,8 +177,12 @@ def torch_sdpa(arrays: tuple, backward: bool) -> dict[str, Callable[[], Any]]:
 
 def scans() -> Iterator[dict[str, Any]]:
     """The recurrences: our default beside its chunked form, its token loop, an associative scan and another package."""
+    from experiments.scan_cases import OPS as KNOWN
     from experiments.scan_cases import all_cases
 
+    for op in OPS.value or ():
+        if op not in KNOWN:
+            sys.exit(f"error: --ops={op}: expected some of {', '.join(KNOWN)}")
     for case in all_cases():
         for backward in (False, True) if OPS.value is None or case.op in OPS.value else ():
             functions = {
@@ -186,6 +197,7 @@ def scans() -> Iterator[dict[str, Any]]:
                 functions["jla"] = case.jla
             found = in_turns(forms_of(functions, case.arguments, backward))
             row = {"op": case.op, "shape": case.shape, "pass": "forward + backward" if backward else "forward"}
+            row["date"] = time.strftime("%Y-%m-%d")
             row |= {f"{form} ms": round(t, 1) for form, (t, _) in found.items()}
             rivals = [t for form, (t, _) in found.items() if form in RIVALS]
             if rivals:

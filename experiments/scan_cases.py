@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from pallas_kernels import delta_rule, linear_attention, selective_scan, wkv
 
+OPS = ("selective_scan", "retention", "scalar decay", "vector decay", "gated delta rule", "RWKV-7", "RWKV-4")
 HEAD = 64  # K and V
 SELECTIVE_SHAPES = ((1, 4096, 512), (8, 4096, 512), (32, 256, 128))  # B, T, D; N = 16
 HEAD_SHAPES = ((1, 4096, 4), (8, 4096, 4), (1, 4096, 16), (8, 4096, 16))  # B, T, H

@@ -17,92 +17,97 @@ Tree = Any
 
 
 def scan_chunks(
-    body: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], chunk: int, shared: Tree, carry: Tree, inputs: Tree
+    body: Callable[[Tree, Tree, Tree], tuple[Tree, jax.Array]], chunk: int, shared: Tree, carry: Tree, inputs: Tree
 ) -> tuple[Tree, jax.Array]:
     """carry, o[:, s : s + C] = body(shared, carry, inputs[:, s : s + C]) for s = 0, C, 2 C, ...: (the last carry, o).
 
-    body: a function of its arguments alone (no tracers closed over), hashable, so that equal calls are one program;
-        its output is an array `[B, C, ...]`. The last chunk is shorter where C does not divide T.
+    body: a function of its arguments alone (no tracers closed over); its output is an array `[B, C, ...]`. The last
+        chunk is shorter where C does not divide T.
     shared: what all chunks have in common. inputs: arrays `[B, T, ...]`. In all of these None may stand for an array.
 
     Differentiable (reverse mode) in all floating arrays. What is kept is the carry before each chunk; everything inside
     a chunk is computed again.
     """
-    length = jax.tree.leaves(inputs)[0].shape[1]
-    whole = length // chunk * chunk
-    outputs = []
-    if whole:
-        carry, o = _scan(body, chunk, shared, carry, jax.tree.map(lambda x: x[:, :whole], inputs))
-        outputs.append(o)
-    if whole < length:
-        rest = jax.tree.map(lambda x: x[:, whole:], inputs)
-        carry, o = jax.checkpoint(body, prevent_cse=False)(shared, carry, rest)
-        outputs.append(o)
-    return carry, outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+    return _scan(body, chunk, shared, carry, inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(body, chunk, shared, carry, inputs):
-    return _forward(body, chunk, shared, carry, inputs, keep=False)[:2]
+    return _forward(body, chunk, shared, carry, inputs, keep=False)[0]
 
 
 def _forward(body, chunk, shared, carry, inputs, keep):
-    count = jax.tree.leaves(inputs)[0].shape[1] // chunk
+    """((the last carry, o), the carries before the whole chunks, the carry before the short one)."""
+    length = jax.tree.leaves(inputs)[0].shape[1]
+    count, rest = divmod(length, chunk)
+    first = jax.eval_shape(body, shared, carry, jax.tree.map(lambda x: x[:, :chunk], inputs))[1]
+    out = jnp.zeros((first.shape[0], length, *first.shape[2:]), first.dtype)
+    kept = None
 
     def step(state, i):
         before, out = state
-        after, o = body(shared, before, _cut(inputs, i, chunk))
-        return (after, _paste(out, o, i, chunk)), before if keep else None
+        after, o = body(shared, before, _cut(inputs, i * chunk, chunk))
+        return (after, _paste(out, o, i * chunk)), before if keep else None
 
-    first = jax.eval_shape(body, shared, carry, jax.tree.map(lambda x: x[:, :chunk], inputs))[1]
-    out = jnp.zeros((first.shape[0], count * chunk, *first.shape[2:]), first.dtype)
-    (carry, out), kept = jax.lax.scan(step, (carry, out), jnp.arange(count))
-    return carry, out, kept
+    if count:
+        (carry, out), kept = jax.lax.scan(step, (carry, out), jnp.arange(count))
+    last = carry
+    if rest:
+        carry, o = body(shared, carry, _cut(inputs, count * chunk, rest))
+        out = _paste(out, o, count * chunk)
+    return (carry, out), kept, last
 
 
 def _fwd(body, chunk, shared, carry, inputs):
-    carry, out, kept = _forward(body, chunk, shared, carry, inputs, keep=True)
-    return (carry, out), (shared, kept, inputs)
+    outputs, kept, last = _forward(body, chunk, shared, carry, inputs, keep=True)
+    return outputs, (shared, kept, last, inputs)
 
 
 def _bwd(body, chunk, saved, cotangents):
-    shared, kept, inputs = saved
+    shared, kept, last, inputs = saved
     d_carry, d_out = cotangents
-    count = jax.tree.leaves(inputs)[0].shape[1] // chunk
+    count, rest = divmod(d_out.shape[1], chunk)
     of_shared = len(_floating(shared))
 
-    def step(state, before_and_i):
+    def back(state, before, start, size):
+        """The cotangents before a chunk, of those after it."""
         d_carry, d_shared, d_inputs = state
-        before, i = before_and_i
-        trees = shared, before, _cut(inputs, i, chunk)
+        trees = shared, before, _cut(inputs, start, size)
 
         def run(leaves):
             after, o = body(*_replace(trees, leaves))
             return _floating(after), o
 
         _, pull = jax.vjp(run, _floating(trees))
-        (found,) = pull((d_carry, _cut(d_out, i, chunk)))
+        (found,) = pull((d_carry, _cut(d_out, start, size)))
         of_carry = of_shared + len(d_carry)
         d_shared = [old + new for old, new in zip(d_shared, found[:of_shared], strict=True)]
-        d_inputs = [_paste(old, new, i, chunk) for old, new in zip(d_inputs, found[of_carry:], strict=True)]
-        return (found[of_shared:of_carry], d_shared, d_inputs), None
+        d_inputs = [_paste(old, new, start) for old, new in zip(d_inputs, found[of_carry:], strict=True)]
+        return found[of_shared:of_carry], d_shared, d_inputs
 
-    zeros = [[jnp.zeros_like(x) for x in _floating(tree)] for tree in (shared, inputs)]
-    state, _ = jax.lax.scan(step, (_floating(d_carry), *zeros), (kept, jnp.arange(count)), reverse=True)
+    state = _floating(d_carry), *([jnp.zeros_like(x) for x in _floating(tree)] for tree in (shared, inputs))
+    if rest:
+        state = back(state, last, count * chunk, rest)
+    if count:
+        state, _ = jax.lax.scan(
+            lambda state, x: (back(state, x[0], x[1] * chunk, chunk), None),
+            state,
+            (kept, jnp.arange(count)),
+            reverse=True,
+        )
     d_carry, d_shared, d_inputs = state
-    first = jax.tree.map(lambda x: x[0], kept)
-    return _cotangents(shared, d_shared), _cotangents(first, d_carry), _cotangents(inputs, d_inputs)
+    return _cotangents(shared, d_shared), _cotangents(last, d_carry), _cotangents(inputs, d_inputs)
 
 
 _scan.defvjp(_fwd, _bwd)
 
 
-def _cut(inputs, i, chunk):
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1), inputs)
+def _cut(inputs, start, size):
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), inputs)
 
 
-def _paste(whole, part, i, chunk):
-    return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), i * chunk, axis=1)
+def _paste(whole, part, start):
+    return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis=1)
 
 
 def _is_floating(x):

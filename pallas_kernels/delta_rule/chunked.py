@@ -38,7 +38,6 @@ def chunked(
     initial_state: Float[Array, "B H K V"] | None,
     segment_ids: Int[Array, "B T"] | None,
     scale: float,
-    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """See `delta_rule`. Any T: the last chunk is filled up with tokens that change nothing.
 
@@ -51,7 +50,7 @@ def chunked(
         state, o = step(state, jax.tree.map(lambda x: x[:, 0], tokens), scale)
         return o[:, None].astype(v.dtype), state
 
-    state, o = scan_chunks(functools.partial(_body, scale=scale, dtype=v.dtype), chunk or CHUNK, None, state, tokens)
+    state, o = scan_chunks(functools.partial(_body, scale=scale, dtype=v.dtype), CHUNK, None, state, tokens)
     return o, state
 
 

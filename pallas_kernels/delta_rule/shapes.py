@@ -1,4 +1,4 @@
-"""The real shapes of the delta rule, named once: tests, benchmarks, compile checks and tuning all use these."""
+"""The real shapes of the delta rule, named once: tests and compile checks use these."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    # a few heads on a CPU, the token loop's best case, and more rows: DeltaNet, Gated DeltaNet, RWKV-7 or KDA
+    # a few heads on a CPU, and more rows: DeltaNet, Gated DeltaNet, RWKV-7 or KDA
     "few_heads_none": Shape(B=1, T=4096, H=4, K=64, V=64, decay="none"),
     "few_heads": Shape(B=1, T=4096, H=4, K=64, V=64),
     "few_heads_vector": Shape(B=1, T=4096, H=4, K=64, V=64, decay="vector"),

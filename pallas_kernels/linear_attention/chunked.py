@@ -72,15 +72,13 @@ def chunked(
     segment_ids: Int[Array, "B T"] | None,
     scale: float,
     bonus: Float[Array, "H K"] | None = None,
-    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """See `linear_attention`. Any T: full chunks (of `CHUNK` tokens if None) are scanned, what is left over is one
-    shorter chunk.
+    """See `linear_attention`. Any T: what is left over of full chunks is a shorter one.
 
     Backward: with everything inside a chunk computed again; what is kept is one state a chunk, `B H K V / C` numbers a
     token.
     """
-    length, chunk = q.shape[1], chunk or CHUNK
+    length = q.shape[1]
     state = empty_state(q, v) if initial_state is None else initial_state
     dtype = np.promote_types(q.dtype, np.float32)
     if length == 1:
@@ -105,8 +103,8 @@ def chunked(
     body = functools.partial(_body, scale=scale, exclusive=bonus is not None)
     table = None
     if constant is not None and valid is None:  # made once, but for a last chunk that is shorter
-        table = _decays(_counts(constant, jnp.ones((1, min(chunk, length)), bool)), bonus is not None)
-    (state, _), o = scan_chunks(body, chunk, (constant, table), carry, inputs)
+        table = _decays(_counts(constant, jnp.ones((1, min(CHUNK, length)), bool)), bonus is not None)
+    (state, _), o = scan_chunks(body, CHUNK, (constant, table), carry, inputs)
     return o, state
 
 

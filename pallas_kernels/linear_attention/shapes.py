@@ -1,4 +1,4 @@
-"""The real shapes of linear attention, named once: tests, benchmarks, compile checks and tuning all use these."""
+"""The real shapes of linear attention, named once: tests and compile checks use these."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    # a few heads on a CPU: the token loop's best case; more rows; more heads
+    # a few heads on a CPU; more rows; more heads
     "few_heads": Shape(B=1, T=4096, H=4, K=64, V=64),
     "many_rows": Shape(B=8, T=4096, H=4, K=64, V=64),
     "many_heads": Shape(B=1, T=4096, H=16, K=64, V=64),

@@ -11,7 +11,7 @@ for any state size N.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.segments import document_index
+from pallas_kernels.segments import document_starts
 
 CHUNK_LENGTH = 32  # tokens whose [B, N, D] are held at once
 GROUP_ELEMENTS = 8192  # rows are taken together up to this many elements of [B, N, D], to stay in the cache
@@ -25,8 +25,8 @@ def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids):
         x_in = x
     else:
         # Padding: dt = 0 makes the step the identity. A boundary: the decay is 0.
-        index, valid = document_index(segment_ids)
-        starts = (jnp.diff(index, axis=1, prepend=0) > 0).astype(x.dtype)
+        starts, valid = document_starts(segment_ids)
+        starts = starts.astype(x.dtype)
         dt = jnp.where(valid[..., None], dt, 0)
         x_in = jnp.where(valid[..., None], x, 0)  # so that what stands in padding is not multiplied by 0
         B = jnp.where(valid[..., None], B, 0)

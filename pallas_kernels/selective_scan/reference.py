@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.segments import document_index
+from pallas_kernels.segments import document_starts
 
 
 def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids):
@@ -12,8 +12,7 @@ def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids):
         valid = jnp.ones(x.shape[:2], bool)
         starts = jnp.zeros(x.shape[:2], bool)
     else:
-        index, valid = document_index(segment_ids)
-        starts = jnp.diff(index, axis=1, prepend=0) > 0
+        starts, valid = document_starts(segment_ids)
 
     def step(h, token):
         x, dt, B, C, valid, starts = token

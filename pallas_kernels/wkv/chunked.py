@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from pallas_kernels.segments import document_index
+from pallas_kernels.segments import document_starts
 from pallas_kernels.wkv.reference import WKVState, hold, level, step
 
 # Measured on two busy CPU cores, forward and backward, for one row of 256 and 1024 channels: chunks of 16 to 64 tokens
@@ -29,8 +29,7 @@ def chunked(k, v, log_decay, bonus, initial_state, segment_ids):
     if segment_ids is None:
         valid, starts = jnp.ones((1, length), bool), jnp.zeros((1, length), bool)
     else:
-        index, valid = document_index(segment_ids)
-        starts = jnp.diff(index, axis=1, prepend=0) > 0
+        starts, valid = document_starts(segment_ids)
 
     def split(leaf):  # [B, T, ...] -> [blocks, C, chunks, B, ...]
         leaf = jnp.pad(leaf, ((0, 0), (0, blocks * chunks * chunk - length)) + ((0, 0),) * (leaf.ndim - 2))

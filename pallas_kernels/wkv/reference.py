@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from pallas_kernels.segments import document_index
+from pallas_kernels.segments import document_starts
 
 
 class WKVState(NamedTuple):
@@ -64,8 +64,7 @@ def reference(k, v, log_decay, bonus, initial_state, segment_ids):
     """See `api.wkv`; arguments are checked and of one dtype there. Backward memory: a state for every token."""
     valid = starts = None
     if segment_ids is not None:
-        index, valid = document_index(segment_ids)
-        starts = jnp.diff(index, axis=1, prepend=0) > 0
+        starts, valid = document_starts(segment_ids)
         valid, starts = valid[..., None], starts[..., None]
     tokens = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (k, v, valid, starts))
     one = functools.partial(step, log_decay=log_decay[None], bonus=bonus[None])

@@ -384,6 +384,40 @@ def test_precision(case):
     assert_close(through, after_rounded, "bfloat16 cut" if constant_size(rounded.mixer) else "bfloat16")
 
 
+def test_bfloat16(case):
+    """The laws of causality, packing, padding and batch with activations in bfloat16, by the program of the law above;
+    where nothing else is computed, bit for bit."""
+    built = build(case, "bfloat16")
+
+    def inputs_of(seed):
+        return inputs(seed).astype(jnp.bfloat16)
+
+    x, other, state = inputs_of(2), 100 * inputs_of(5), built.init_state()
+    y, after = built.call(x, state, IDS)
+    assert y.dtype == jnp.bfloat16
+
+    early = np.arange(LENGTH)[None, :, None] < 13
+    y_changed, _ = built.call(np.where(early, x, other), state, IDS)
+    assert_close(y_changed[:, :13], y[:, :13], "exact", "causality")
+
+    real = (IDS != 0)[:, :, None]
+    y_garbage, after_garbage = built.call(np.where(real, x, other), state, IDS)
+    assert_close((y_garbage, after_garbage), (y, after), "exact", "what stands in padding")
+    assert not np.asarray(y)[~np.broadcast_to(real, y.shape)].any()
+    y_padding, unchanged = built.call(other, after, np.zeros_like(IDS))
+    assert not y_padding.any()
+    assert_close(unchanged, after, "exact", "padding alone")
+
+    neighbours = other.copy()
+    neighbours[1] = x[1]
+    assert_close(built.call(neighbours, state, IDS)[0][1], y[1], "bfloat16", "batch")
+
+    for at in documents(IDS[1]):
+        own_x, own_ids = other.copy(), np.zeros_like(IDS)
+        own_x[0, : len(at)], own_ids[0, : len(at)] = x[1, at], 1
+        assert_close(built.call(own_x, state, own_ids)[0][0, : len(at)], y[1, at], "bfloat16", "packing")
+
+
 def constant_size(mixer):
     return lcr.state_bytes(mixer.init_state(1, 1)) == lcr.state_bytes(mixer.init_state(1, 99))
 

@@ -1,4 +1,5 @@
-"""A mixer of one's own takes one class for its options, a module, and one entry in `MIXERS`; all else knows it then."""
+"""A mixer of one's own takes one class and one entry in `MIXERS`; all else knows it then. (With parameters: a class for
+its options and a module.)"""
 
 import dataclasses
 from typing import Any
@@ -93,3 +94,44 @@ def test_the_trainer_trains_it(tmp_path):
     train(config, tmp_path, progress=False)
     losses = [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row]
     assert len(losses) >= 3 and np.isfinite(losses).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """y_t = x_{t-1}: no parameters, so options and mixer are one class."""
+
+    dtype: Any = jnp.float32
+    d_model: int | None = None
+
+    def make(self, d_model, *, rngs):
+        return dataclasses.replace(self, d_model=d_model)
+
+    def init_state(self, batch, capacity=0, dtype=None):
+        zero = jnp.zeros((batch,), jnp.int32)
+        return {"last": jnp.zeros((batch, self.d_model)), "segment_id": zero, "position": zero}
+
+    def __call__(self, x, state=None, segment_ids=None):
+        check_call(self, x, state, segment_ids)
+        state = self.init_state(x.shape[0]) if state is None else state
+        segments = read_segments(segment_ids, state["segment_id"], state["position"], x.shape[1])
+        y, last = shift(x, state["last"], segments)
+        return y, {"last": last, "segment_id": segments.segment_id, "position": segments.position}
+
+
+def shift(x, last, segments):
+    y = jnp.concatenate([last[:, None], x[:, :-1]], axis=1)
+    return jnp.where((segments.positions == 0)[..., None], 0.0, y), x[:, -1]
+
+
+def test_one_class_and_one_entry(monkeypatch):
+    monkeypatch.setitem(lcr.MIXERS, "shift", Shift)
+    config = {"vocab_size": 17, "d_model": 16, "mixers": ("shift", "gqa", "shift", "gqa")}
+    model = lcr.make_model(config, rngs=nnx.Rngs(0))
+    tokens = jnp.array([[3, 1, 4, 1, 5, 9]], jnp.int32)
+    whole, _ = model(tokens)
+    states = model.init_states(1, 6)
+    first, states = model(tokens[:, :4], states)
+    second, _ = model(tokens[:, 4:], states)
+    assert_close(jnp.concatenate([first, second], axis=1), whole, "float32")
+    with pytest.raises(ValueError, match="state"):
+        lcr.make_mixer("shift", 8, rngs=nnx.Rngs(0))(jnp.ones((2, 3, 8)), {"last": jnp.ones((1, 8))})

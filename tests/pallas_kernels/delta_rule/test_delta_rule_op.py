@@ -213,11 +213,25 @@ def test_unit_inverse_is_forward_substitution():
     assert_close(found, wanted, "float64")
 
 
-def test_loop_forward_is_the_token_loop_until_it_is_differentiated():
-    inputs, ids, _ = make(SHAPES["ragged_short"], packed=True)
-    arguments = [inputs[name] for name in (*NAMES, "initial_state")]
-    loop = api.IMPLEMENTATIONS["loop_forward"](*arguments, ids, 1.0)
-    assert_close(loop, api.IMPLEMENTATIONS["reference"](*arguments, ids, 1.0), "exact")
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("decay", ["vector", "scalar", "none", "bfloat16"])
+def test_the_loop_in_place_is_the_token_loop(decay, packed):
+    """A CPU's default, which runs only where no gradient is asked for."""
+    dtype = jnp.bfloat16 if decay == "bfloat16" else jnp.float32
+    kind = "vector" if decay == "bfloat16" else decay
+    inputs, ids, _ = make(Shape(B=2, T=37, H=2, K=3, V=5, decay=kind), packed, dtype=dtype)
+    arguments = [inputs[name] for name in (*NAMES, "initial_state")] + [ids]
+
+    def run(implementation):
+        return jax.jit(lambda *arrays: api.IMPLEMENTATIONS[implementation](*arrays, 0.7))
+
+    found, expected = run("loop_forward")(*arguments), run("reference")(*arguments)
+    assert (found[0].dtype, found[1].dtype) == (dtype, jnp.float32)
+    kind = "bfloat16 cut" if dtype == jnp.bfloat16 else "float32"
+    assert_close(found, expected, kind)
+    rows = [None if x is None else x[:, None] for x in arguments]
+    one_by_one = jax.jit(jax.vmap(lambda *arrays: api.IMPLEMENTATIONS["loop_forward"](*arrays, 0.7)))(*rows)
+    assert_close(jax.tree.map(lambda x: x[:, 0], one_by_one), found, kind)
 
 
 def test_vmap_scan_and_remat():
@@ -265,12 +279,10 @@ def test_one_token_is_a_direct_step():
     assert_close(run(*positional), expected, "float32")
 
 
-def test_default_follows_state_decay_and_device():
-    def default(batch, length=4096, backend="cpu", vector=False):
-        return api.default_implementation((batch, length, 4, 64), 64, backend, vector)
-
-    assert default(8) == default(1) == default(16, length=1) == default(16, backend="gpu") == "chunked"
-    assert default(16) == default(1, vector=True) == "loop_forward"
+def test_default_follows_decay_length_and_device():
+    assert api.default_implementation(4096, "cpu", True) == "loop_forward"
+    assert api.default_implementation(4096, "cpu", False) == "chunked"
+    assert api.default_implementation(1, "cpu", True) == api.default_implementation(4096, "gpu", True) == "chunked"
 
 
 def test_the_choice_is_logged_once(caplog):

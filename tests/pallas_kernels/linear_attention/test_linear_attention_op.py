@@ -156,11 +156,30 @@ def test_a_constant_gate_of_minus_infinity_forgets_everything():
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradients))
 
 
-def test_loop_forward_is_the_token_loop_until_it_is_differentiated():
-    inputs, ids, _ = make(SHAPES["ragged_short"], packed=True)
-    arguments = [inputs[name] for name in ("q", "k", "v", "log_decay", "initial_state")]
-    loop = api.IMPLEMENTATIONS["loop_forward"](*arguments, ids, 1.0)
-    assert_close(loop, api.IMPLEMENTATIONS["reference"](*arguments, ids, 1.0), "exact")
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("decay", ["channel", "channel-bonus", "token", "head", "none", "bfloat16"])
+def test_the_loop_in_place_is_the_token_loop(decay, packed):
+    """A CPU's default, which runs only where no gradient is asked for; `reference` where one is would hide it."""
+    dtype = jnp.bfloat16 if decay == "bfloat16" else jnp.float32
+    kind = decay if decay in ("head", "none") else "token"
+    inputs, ids, _ = make(Shape(B=2, T=37, H=2, K=3, V=5, decay=kind), packed, dtype=dtype)
+    if decay.startswith("channel"):
+        inputs["log_decay"] = -jnp.abs(inputs["k"]) * inputs["q"] ** 2
+    bonus = jnp.arange(6.0).reshape(2, 3) if decay == "channel-bonus" else None
+    arguments = [inputs[name] for name in ("q", "k", "v", "log_decay", "initial_state")] + [ids]
+
+    def run(implementation):
+        return lambda *arrays: api.IMPLEMENTATIONS[implementation](*arrays, 0.7, bonus)
+
+    found, expected = (jax.jit(run(name))(*arguments) for name in ("loop_forward", "reference"))
+    assert (found[0].dtype, found[1].dtype) == (dtype, jnp.float32)
+    tolerance = "bfloat16 cut" if dtype == jnp.bfloat16 else "float32"
+    assert_close(found, expected, tolerance)
+
+    axes = [None if x is None or x.ndim == 1 else 0 for x in arguments]
+    rows = [x if axis is None else x[:, None] for x, axis in zip(arguments, axes, strict=True)]
+    one_by_one = jax.jit(jax.vmap(run("loop_forward"), in_axes=axes))(*rows)
+    assert_close(jax.tree.map(lambda x: x[:, 0], one_by_one), found, tolerance)
 
 
 def test_vmap_scan_and_remat():

@@ -74,7 +74,7 @@ def test_chunked_equals_token_by_token(shape, packed):
     assert_close(gradients, expected_gradients, "float32 gradient")
 
 
-@pytest.mark.parametrize("implementation", ["chunked", "reference", "loop_forward"])
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
 @pytest.mark.parametrize("name", ["gla", "rwkv6"])
 def test_oracle(name, implementation):
     """Numbers of flash-linear-attention: outputs, final state, every gradient."""
