@@ -1,7 +1,6 @@
 """Infini-attention (arXiv 2404.07143): attention inside segments, and a compressive memory of the segments before."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax

@@ -58,7 +58,7 @@ def vector_chunked(
     Backward: with everything inside a chunk computed again; what is kept is one state a chunk, `B H K V / C` numbers a
     token.
     """
-    length, dtype = q.shape[1], np.promote_types(q.dtype, np.float32)
+    dtype = np.promote_types(q.dtype, np.float32)
     state = empty_state(q, v) if initial_state is None else initial_state.astype(dtype)
     q, k = for_each_head(q, v.shape[2]), for_each_head(k, v.shape[2])
     own = read_and_write(q, k, bonus, scale)

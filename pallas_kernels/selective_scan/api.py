@@ -1,6 +1,5 @@
 """The public `selective_scan`: shapes, choice of an implementation."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
