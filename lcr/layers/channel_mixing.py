@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from lcr.checks import check_call, check_compute, check_flags, check_whole
+from lcr.checks import check_call, check_choice, check_compute, check_flags, check_whole
 from lcr.layers.segments import read_segments
 from lcr.layers.token_shift import token_shift
 from lcr.typing import Activations, Leaf, SegmentIds
@@ -17,16 +17,19 @@ class ChannelMixingConfig:
     """Options of `ChannelMixing`.
 
     d_ff: inner width; None: 4 d_model, as in RWKV-4 and -7 (RWKV-6 has 3.5 d_model).
+    mix_of: whether mu is the share of the "previous" token, as in RWKV-6 and -7, or of the "current" one, as in RWKV-4.
     receptance: whether a sigmoid gates the output, as in RWKV-4 to -6; RWKV-7 has no such gate.
     dtype: of the compute and of the state; parameters are float32.
     """
 
     d_ff: int | None = None
+    mix_of: str = "previous"
     receptance: bool = True
     dtype: Any = jnp.float32
 
     def __post_init__(self):
         check_compute(self.dtype, None, ())
+        check_choice("mix_of", self.mix_of, ("previous", "current"))
         check_flags(receptance=self.receptance)
         if self.d_ff is not None:
             check_whole(d_ff=self.d_ff)
@@ -49,8 +52,8 @@ class ChannelMixing(nnx.Module):
 
         k = relu((x + mu_k (x' - x)) W_k)^2        y = sigmoid((x + mu_r (x' - x)) W_r) * (k W_v)
 
-    or, without receptance, y = k W_v. The `time_maa` of RWKV-6 and the `x_k` of RWKV-7 are mu; the `time_mix` of
-    RWKV-4 is 1 - mu. (RWKV-4: arXiv 2305.13048, equations 17 and 18; RWKV-7: arXiv 2503.14456, section 4.)
+    or, without receptance, y = k W_v; where mu is of the current token, x and x' change places. (RWKV-4: arXiv
+    2305.13048, equations 17 and 18; RWKV-7: arXiv 2503.14456, section 4.)
 
     The interface is that of a mixer, `(x, state, segment_ids) -> (y, state)`, and so are its laws.
     """
@@ -65,7 +68,8 @@ class ChannelMixing(nnx.Module):
             return nnx.Linear(inputs, outputs, use_bias=False, dtype=config.dtype, rngs=rngs)
 
         def mix():
-            return nnx.Param(1 - jnp.arange(d_model, dtype=jnp.float32) / d_model, group="no_decay")
+            current = jnp.arange(d_model, dtype=jnp.float32) / d_model
+            return nnx.Param(current if config.mix_of == "current" else 1 - current, group="no_decay")
 
         self.key_mix = mix()
         self.key = linear(d_model, d_ff)
@@ -92,8 +96,10 @@ class ChannelMixing(nnx.Module):
         x = x.astype(dtype)
         previous, shift = token_shift(x, state.shift, segments)
 
+        one, other = (previous, x) if self.config.mix_of == "previous" else (x, previous)
+
         def mixed(mix):
-            return x + mix[...].astype(dtype)[None, None] * (previous - x)
+            return other + mix[...].astype(dtype)[None, None] * (one - other)
 
         y = self.value(jnp.square(nnx.relu(self.key(mixed(self.key_mix)))))
         if self.config.receptance:

@@ -5,15 +5,22 @@ from typing import Any
 
 from flax import nnx
 
-from lcr.checks import unknown_name
+from lcr.checks import check_choice, check_flags, unknown_name
 from lcr.layers.channel_mixing import ChannelMixing, ChannelMixingConfig
-from lcr.layers.mlp import SwiGLU, default_d_ff
+from lcr.layers.mlp import ACTIVATIONS, SwiGLU, default_d_ff
 from lcr.layers.moe import MoE, MoEConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwiGLUConfig:
-    """`SwiGLU` has no options but its width."""
+    """Options of `SwiGLU`: activation, a name of `lcr.layers.mlp.ACTIVATIONS`; use_bias."""
+
+    activation: str = "silu"
+    use_bias: bool = False
+
+    def __post_init__(self):
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_flags(use_bias=self.use_bias)
 
 
 FEED_FORWARDS: dict[str, Any] = {
@@ -52,5 +59,6 @@ def make_feed_forward(
         case MoEConfig():
             return MoE(config, d_model, width, dtype=dtype, rngs=rngs)
         case SwiGLUConfig():
-            return SwiGLU(d_model, width, dtype=dtype, rngs=rngs)
+            options = {"activation": config.activation, "use_bias": config.use_bias}
+            return SwiGLU(d_model, width, **options, dtype=dtype, rngs=rngs)
     raise TypeError(f"config: {type(config).__name__} is no configuration of a feed-forward")

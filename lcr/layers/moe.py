@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from lcr.checks import check_choice, check_flags, check_positive, check_whole, is_number
-from lcr.layers.mlp import SwiGLU
+from lcr.layers.mlp import ACTIVATIONS, SwiGLU
 from lcr.typing import Activations, Array, Bool, Float, Int, Leaf, SegmentIds
 
 
@@ -19,6 +19,7 @@ class MoEConfig:
     num_experts, top_k: E, and how many of them a token goes through.
     d_expert: width of each expert; None: the model's feed-forward width over top_k, so that a token costs the same.
     num_shared: experts that every token goes through, as one SwiGLU of num_shared d_expert.
+    activation: of the experts, a name of `lcr.layers.mlp.ACTIVATIONS`.
     scoring: "softmax" over the experts (arXiv 2101.03961) or "sigmoid" of each (DeepSeek-V3, arXiv 2412.19437).
     num_groups, top_groups: the experts stand in so many equal groups, and a token chooses from its best top_groups of
         them: by a group's best score (softmax; DeepSeek-V2, 2405.04434, section 2.2.2), or by the sum of its two best
@@ -34,6 +35,7 @@ class MoEConfig:
     top_k: int = 2
     d_expert: int | None = None
     num_shared: int = 0
+    activation: str = "silu"
     scoring: str = "softmax"
     num_groups: int = 1
     top_groups: int = 1
@@ -51,6 +53,7 @@ class MoEConfig:
         if self.d_expert is not None:
             check_whole(d_expert=self.d_expert)
         check_positive(weight_scale=self.weight_scale, balance_weight=self.balance_weight, bias_rate=self.bias_rate)
+        check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("scoring", self.scoring, ("softmax", "sigmoid"))
         check_choice("balance", self.balance, ("none", "loss", "bias"))
         if self.top_k > self.num_experts:
@@ -105,13 +108,15 @@ class MoE(nnx.Module):
         if config.balance == "bias":
             self.selection_bias = nnx.Param(jnp.zeros((experts,), jnp.float32), group="selection_bias")
         if config.num_shared:
-            self.shared = SwiGLU(d_model, width * config.num_shared, dtype=dtype, rngs=rngs)
+            options = {"activation": config.activation, "dtype": dtype, "rngs": rngs}
+            self.shared = SwiGLU(d_model, width * config.num_shared, **options)
 
     def __call__(self, x: Activations, segment_ids: SegmentIds | None = None) -> tuple[Activations, Routing]:
         config = self.config
         flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
         real = None if segment_ids is None else (segment_ids != 0).reshape(-1)
-        logits = jnp.dot(flat.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST)
+        exact, router = flat.astype(jnp.float32), self.router[...].astype(jnp.float32)
+        logits = jnp.dot(exact, router, precision=jax.lax.Precision.HIGHEST)
         scores = jax.nn.softmax(logits) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
         chosen, weights = self.choose(scores)
         y = self.experts(flat, chosen, weights)
@@ -152,7 +157,7 @@ class MoE(nnx.Module):
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = counts(chosen, self.config.num_experts)
         gate, up = jnp.split(self.product(x[order // top_k], self.gate_up, sizes), 2, axis=-1)
-        out = self.product(nnx.silu(gate) * up, self.down, sizes)
+        out = self.product(ACTIVATIONS[self.config.activation](gate) * up, self.down, sizes)
         out = out[jnp.argsort(order)].reshape(count, top_k, -1)
         return (out * weights[..., None].astype(out.dtype)).sum(axis=1)
 

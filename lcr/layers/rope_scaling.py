@@ -41,12 +41,15 @@ def mscale(factor: float, weight: float = 1.0) -> float:
 class RopeScaling:
     """No scaling, and what all kinds have.
 
-    Tokens are counted by `length`: how many of them attention is to reach over, of which only `DynamicNTK` makes use.
+    Tokens are counted by `length`: how many of them attention is to reach over, of which only `DynamicNTK` and
+    `LongRope` make use.
     """
 
     def frequencies(self, width: int, base: float, length: int) -> np.ndarray:
         """Float64 `[width / 2]`, in radians per token."""
         return rope_frequencies(width, base)
+
+    by_length = False  # whether the frequencies depend on `length`
 
     @property
     def magnitude(self) -> float:
@@ -76,12 +79,13 @@ class DynamicNTK(RopeScaling):
         base' = base (factor length / L - (factor - 1))^(K / (K - 2))        for length > L, else base.
 
     `length` must be known before the first token, or cached keys would have been turned by other frequencies than
-    later queries. So it is what the state has room for (fewer if the window is shorter), and without a state the
-    tokens of the call: then the whole equals the pieces, and a call without a state equals the published form.
+    later queries. So it is what the state has room for, and without a state the tokens of the call: then the whole
+    equals the pieces, and a call without a state equals the published form.
     """
 
     factor: float
     original_max_position_embeddings: int
+    by_length = True
 
     def frequencies(self, width: int, base: float, length: int) -> np.ndarray:
         if width < 4:
@@ -180,12 +184,44 @@ class Llama3(RopeScaling):
         return (1 - kept) * plain / self.factor + kept * plain
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRope(RopeScaling):
+    """LongRoPE (arXiv 2402.13753), as Phi-3 has it: each pair's frequency is divided by a factor of its own,
+
+        w_i' = w_i / long_factor_i      for length > L, else    w_i / short_factor_i
+
+    with `length` as in `DynamicNTK`. cos and sin are multiplied by `attention_factor`; by default, and for a factor
+    above 1, that is sqrt(1 + ln(factor) / ln(L)), where factor is the new length over L.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    factor: float = 1.0
+    attention_factor: float | None = None
+    by_length = True
+
+    def frequencies(self, width: int, base: float, length: int) -> np.ndarray:
+        name = "long_factor" if length > self.original_max_position_embeddings else "short_factor"
+        factors = np.asarray(getattr(self, name), np.float64)
+        if factors.shape != (width // 2,):
+            raise ValueError(f"rope_scaling: {len(factors)} numbers in {name}: expected {width // 2}, one a pair")
+        return rope_frequencies(width, base) / factors
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
+
+
 ROPE_TYPES: dict[str, type[RopeScaling]] = {
     "default": RopeScaling,
     "linear": Linear,
     "dynamic": DynamicNTK,
     "yarn": Yarn,
     "llama3": Llama3,
+    "longrope": LongRope,
 }
 
 
@@ -221,11 +257,19 @@ def read_rope_scaling(fields: Mapping[str, Any] | None) -> RopeScaling:
 def freeze_rope_scaling(fields: Mapping[str, Any] | None) -> FrozenDict | None:
     """The mapping as a frozen configuration keeps it (hashable). Raises: as `read_rope_scaling`."""
     read_rope_scaling(fields)
-    return None if fields is None else FrozenDict(dict(fields))
+    if fields is None:
+        return None
+    return FrozenDict({key: tuple(value) if isinstance(value, list) else value for key, value in dict(fields).items()})
 
 
-def _checked(key: str, value: Any) -> int | float | bool:
+def _checked(key: str, value: Any) -> int | float | bool | tuple[float, ...]:
     argument = f"rope_scaling: {key}"
+    if key in ("short_factor", "long_factor"):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{argument}={value!r}: expected a number for each pair of channels")
+        for number in value:
+            check_positive(**{argument: number})
+        return tuple(float(number) for number in value)
     if key == "truncate":
         if not isinstance(value, bool):
             raise ValueError(f"{argument}={value!r}: expected True or False")

@@ -37,7 +37,11 @@ class AttentionConfig:
         2212.10554); "alibi" (scores less a multiple of the distance, arXiv 2108.12409); or "none".
     rope_base: base of the wavelengths of "rope" and "xpos".
     rope_scaling: how these are scaled to longer contexts: a mapping as `lcr.layers.rope_scaling` describes it, or None.
-    qk_norm: RMS norm with a learned scale over the channels of each query and key head, before RoPE.
+    rope_width: how many of a head's channels are turned, the first ones; None: all.
+    qk_norm: RMS norm with a learned scale over the channels of each query and key head, before RoPE: False, True, or
+        "offset" for a scale that is learned as its difference from 1. norm_epsilon: of that norm.
+    qkv_bias, out_bias: whether the projections to queries, keys and values, and the one back, have a bias added.
+    scale: of the scores; None: K^-0.5.
     soft_cap: scores become soft_cap tanh(score / soft_cap).
     dtype: of the compute; parameters are float32. implementation: of `pallas_kernels.attention`.
     """
@@ -49,19 +53,26 @@ class AttentionConfig:
     positions: str = "rope"
     rope_base: float = 10_000.0
     rope_scaling: Mapping[str, Any] | None = None
-    qk_norm: bool = False
+    rope_width: int | None = None
+    qk_norm: bool | str = False
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = False
+    out_bias: bool = False
+    scale: float | None = None
     soft_cap: float | None = None
     dtype: Any = jnp.float32
     implementation: str | None = None
 
     def __post_init__(self):
         for check, names in (
-            (check_whole, ("num_heads", "num_kv_heads", "head_dim", "window")),
-            (check_positive, ("soft_cap",)),
+            (check_whole, ("num_heads", "num_kv_heads", "head_dim", "window", "rope_width")),
+            (check_positive, ("soft_cap", "scale", "norm_epsilon")),
         ):
             check(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
         check_rope_base(self.rope_base)
-        check_flags(qk_norm=self.qk_norm)
+        check_flags(qkv_bias=self.qkv_bias, out_bias=self.out_bias)
+        if self.qk_norm not in (False, True, "offset"):
+            raise ValueError(f"qk_norm={self.qk_norm!r}: expected False, True or 'offset'")
         check_choice("positions", self.positions, POSITIONS)
         object.__setattr__(self, "rope_scaling", freeze_rope_scaling(self.rope_scaling))
         if self.rope_scaling is not None and self.positions not in ROTARY:
@@ -84,7 +95,12 @@ class AttentionConfig:
         if heads % kv_heads:
             divisors = [n for n in range(1, heads + 1) if heads % n == 0]
             raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={heads}: expected one of {divisors}")
-        if self.positions in ROTARY and width % 2:
+        if self.rope_width is not None:
+            if self.positions != "rope":
+                raise ValueError(f"rope_width={self.rope_width} beside positions={self.positions!r}: expected 'rope'")
+            if self.rope_width % 2 or self.rope_width > width:
+                raise ValueError(f"rope_width={self.rope_width}: expected an even one, at most the head_dim {width}")
+        elif self.positions in ROTARY and width % 2:
             raise ValueError(
                 f"head_dim={width}: {self.positions} turns pairs of channels; expected an even one, or no positions"
             )
@@ -156,7 +172,8 @@ class KVCache:
     """The keys (after norm and RoPE) and values of the last S tokens of the document in hand, and the two counters.
 
     The token at position p of its document lies in slot p % S; slots not yet written are zero. With a window W,
-    S = min(capacity, W). Bytes per sequence: 2 S G K itemsize + 8.
+    S = min(capacity, W), but for RoPE that is scaled by the length, where S = capacity. Bytes per sequence:
+    2 S G K itemsize + 8.
     """
 
     keys: Leaf  # [B, S, G, K]
@@ -181,23 +198,26 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.head_dim = config.head_sizes(d_model)
         self.rope_scaling = read_rope_scaling(config.rope_scaling)
 
-        def linear(inputs, outputs):
+        def linear(inputs, outputs, use_bias):
             return nnx.Linear(
-                inputs, outputs, use_bias=False, dtype=config.dtype, precision=jax.lax.Precision.HIGHEST, rngs=rngs
+                inputs, outputs, use_bias=use_bias, dtype=config.dtype, precision=jax.lax.Precision.HIGHEST, rngs=rngs
             )
 
-        self.query = linear(d_model, self.heads * self.head_dim)
-        self.key = linear(d_model, self.kv_heads * self.head_dim)
-        self.value = linear(d_model, self.kv_heads * self.head_dim)
-        self.out = linear(self.heads * self.head_dim, d_model)
+        self.query = linear(d_model, self.heads * self.head_dim, config.qkv_bias)
+        self.key = linear(d_model, self.kv_heads * self.head_dim, config.qkv_bias)
+        self.value = linear(d_model, self.kv_heads * self.head_dim, config.qkv_bias)
+        self.out = linear(self.heads * self.head_dim, d_model, config.out_bias)
         if config.qk_norm:
-            self.query_norm = RMSNorm(self.head_dim, epsilon=1e-6)
-            self.key_norm = RMSNorm(self.head_dim, epsilon=1e-6)
+            options = {"epsilon": config.norm_epsilon, "offset": 1.0 if config.qk_norm == "offset" else 0.0}
+            self.query_norm = RMSNorm(self.head_dim, **options)
+            self.key_norm = RMSNorm(self.head_dim, **options)
 
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> KVCache:
         """An empty cache for `capacity` tokens (for the window, if that is shorter)."""
         check_whole(capacity=capacity)
-        slots = capacity if self.config.window is None else min(capacity, self.config.window)
+        # where the frequencies depend on how long the text is to be, the number of slots is what says so
+        narrow = self.config.window is not None and not self.rope_scaling.by_length
+        slots = min(capacity, self.config.window) if narrow else capacity
         shape = (batch, slots, self.kv_heads, self.head_dim)
         return KVCache(
             keys=jnp.zeros(shape, dtype or self.config.dtype),
@@ -217,7 +237,8 @@ class Attention(nnx.Module):
         k, v = k.astype(before.keys.dtype), v.astype(before.values.dtype)
         cache = before.keys, before.values
         keys, values = append(cache, (k, v), segments)
-        options = {"soft_cap": self.config.soft_cap, "implementation": self.config.implementation}
+        config = self.config
+        options = {"soft_cap": config.soft_cap, "scale": config.scale, "implementation": config.implementation}
         if self.config.positions == "alibi":
             options["alibi_slopes"] = jnp.asarray(alibi_slopes(self.heads), np.promote_types(q.dtype, np.float32))
         elif self.config.positions == "xpos":
@@ -231,7 +252,10 @@ class Attention(nnx.Module):
         else:
             o = attend_slots_and_new(q, cache, (k, v), before.position, segments, self.config.window, **options)
         after = KVCache(keys=keys, values=values, segment_id=segments.segment_id, position=segments.position)
-        return self.out(o.reshape(batch, length, -1)), after
+        y = self.out(o.reshape(batch, length, -1))
+        if config.out_bias and segments.ids is not None:
+            y = jnp.where((segments.ids != 0)[..., None], y, 0)
+        return y, after
 
     def _project(self, x, positions, slots):
         """Queries, keys and values by head, `[B, T, H or G, K]`, normed and turned."""
@@ -244,5 +268,10 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if self.config.positions in ROTARY:
             options = {"base": self.config.rope_base, "scaling": self.rope_scaling, "length": slots}
-            q, k = (apply_rope(y, positions, **options) for y in (q, k))
+            q, k = (self._turn(y, positions, options) for y in (q, k))
         return q, k, v
+
+    def _turn(self, y, positions, options):
+        width = self.config.rope_width or self.head_dim
+        turned = apply_rope(y[..., :width], positions, **options)
+        return turned if width == self.head_dim else jnp.concatenate([turned, y[..., width:]], axis=-1)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS, selective_scan
 
-from lcr.checks import check_call, check_choice, check_compute, check_positive, check_whole
+from lcr.checks import check_call, check_choice, check_compute, check_flags, check_positive, check_whole
+from lcr.layers.mlp import ACTIVATIONS
 from lcr.layers.norms import RMSNorm
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
@@ -33,6 +34,8 @@ class MambaConfig:
     inner_norm: what is done to the low-rank step sizes, B and C before they are used: "none"; "scaled", a
         root-mean-square norm of each with a learned scale, as in Jamba (arXiv 2403.19887, section 6.4); "plain", the
         same without a scale, as in Falcon-Mamba (arXiv 2410.05355, section 2.3). inner_norm_eps: of these norms.
+    proj_bias, conv_bias: whether the projections in and out, and the convolution, have a bias added.
+    activation: of the convolved channels, a name of `lcr.layers.mlp.ACTIVATIONS`.
     dtype: of the compute; parameters are float32. implementation: of `selective_scan`.
     """
 
@@ -47,6 +50,9 @@ class MambaConfig:
     decay_scale: float = 1.0
     inner_norm: str = "none"
     inner_norm_eps: float = 1e-6
+    proj_bias: bool = False
+    conv_bias: bool = True
+    activation: str = "silu"
     dtype: Any = jnp.float32
     implementation: str | None = None
 
@@ -57,6 +63,8 @@ class MambaConfig:
         check_step_sizes(self.dt_min, self.dt_max, self.dt_floor)
         for name in ("dt_scale", "decay_scale", "inner_norm_eps"):
             check_positive(**{name: getattr(self, name)})
+        check_flags(proj_bias=self.proj_bias, conv_bias=self.conv_bias)
+        check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("inner_norm", self.inner_norm, ("none", "scaled", "plain"))
         check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
 
@@ -87,11 +95,11 @@ class Mamba(nnx.Module):
         self.inner = inner = config.expand * d_model
         self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
 
-        def linear(inputs, outputs):
-            return nnx.Linear(inputs, outputs, use_bias=False, dtype=config.dtype, rngs=rngs)
+        def linear(inputs, outputs, use_bias=False):
+            return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=config.dtype, rngs=rngs)
 
-        self.in_proj = linear(d_model, 2 * inner)
-        self.conv = ShortConv(inner, config.conv_width, dtype=config.dtype, rngs=rngs)
+        self.in_proj = linear(d_model, 2 * inner, config.proj_bias)
+        self.conv = ShortConv(inner, config.conv_width, use_bias=config.conv_bias, dtype=config.dtype, rngs=rngs)
         self.x_proj = linear(inner, self.dt_rank + 2 * config.state_size)
         bound = config.dt_scale * self.dt_rank**-0.5
         self.dt_kernel = nnx.Param(
@@ -101,7 +109,7 @@ class Mamba(nnx.Module):
         n = config.decay_scale * jnp.arange(1, config.state_size + 1, dtype=jnp.float32)
         self.A_log = nnx.Param(jnp.tile(jnp.log(n)[None], (inner, 1)), group="no_decay")
         self.D = nnx.Param(jnp.ones((inner,), jnp.float32), group="no_decay")
-        self.out_proj = linear(inner, d_model)
+        self.out_proj = linear(inner, d_model, config.proj_bias)
         if config.inner_norm != "none":
             options = {"epsilon": config.inner_norm_eps, "use_scale": config.inner_norm == "scaled"}
             self.dt_norm = RMSNorm(self.dt_rank, **options)
@@ -129,7 +137,7 @@ class Mamba(nnx.Module):
 
         x, z = jnp.split(self.in_proj(x), 2, axis=-1)
         x, conv = self.conv(x, state.conv, segments)
-        x = nnx.silu(x)
+        x = ACTIVATIONS[self.config.activation](x)
         dt, B, C = jnp.split(self.x_proj(x), [self.dt_rank, self.dt_rank + self.config.state_size], axis=-1)
         if self.config.inner_norm != "none":
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
@@ -147,4 +155,6 @@ class Mamba(nnx.Module):
             implementation=self.config.implementation,
         )
         y = self.out_proj(y * nnx.silu(z))
+        if self.config.proj_bias and segments.ids is not None:
+            y = jnp.where((segments.ids != 0)[..., None], y, 0)
         return y, MambaState(conv=conv, ssm=ssm, segment_id=segments.segment_id, position=segments.position)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attention
 
-from lcr.checks import check_call, check_compute, check_flags, check_positive, check_whole
+from lcr.checks import check_call, check_choice, check_compute, check_flags, check_positive, check_whole
+from lcr.layers.mlp import ACTIVATIONS
 from lcr.layers.segments import forget, read_segments
 from lcr.layers.short_conv import ShortConv
 from lcr.layers.step_sizes import check_step_sizes, decay_rates, initial_dt_bias
@@ -29,6 +30,8 @@ class Mamba2Config:
     decay_range: the initial -A of the heads are uniform in these two.
     norm_before_gate: whether the norm comes before the gate is multiplied in; the paper's comes after.
     norm_eps: of that norm, which is over the channels of a group, as in the authors' code.
+    proj_bias, conv_bias: whether the projections in and out, and the convolution, have a bias added.
+    activation: of the convolved channels, a name of `lcr.layers.mlp.ACTIVATIONS`.
     dtype: of the compute; parameters are float32. implementation: of `linear_attention`.
     """
 
@@ -44,6 +47,9 @@ class Mamba2Config:
     decay_range: Sequence[float] = (1.0, 16.0)
     norm_before_gate: bool = False
     norm_eps: float = 1e-5
+    proj_bias: bool = False
+    conv_bias: bool = True
+    activation: str = "silu"
     dtype: Any = jnp.float32
     implementation: str | None = None
 
@@ -55,7 +61,9 @@ class Mamba2Config:
             check_whole(head_width=self.head_width)
         check_step_sizes(self.dt_min, self.dt_max, self.dt_floor)
         check_positive(norm_eps=self.norm_eps)
-        check_flags(norm_before_gate=self.norm_before_gate)
+        for name in ("norm_before_gate", "proj_bias", "conv_bias"):
+            check_flags(**{name: getattr(self, name)})
+        check_choice("activation", self.activation, ACTIVATIONS)
         for name, good, expected in (
             ("dt_limit", lambda low, high: 0 <= low < high, "0 <= low < high"),
             ("decay_range", lambda low, high: 0 < low <= high < math.inf, "0 < low <= high, both finite"),
@@ -65,6 +73,18 @@ class Mamba2Config:
             if not pair or not good(*value):
                 raise ValueError(f"{name}={value!r}: expected two numbers (low, high) with {expected}")
             object.__setattr__(self, name, tuple(value))  # hashable, as a part of a jitted module is
+
+    def width_of_heads(self, d_model: int) -> int:
+        """P for a model of this width. Raises: ValueError where it does not divide the inner width."""
+        inner = self.expand * d_model
+        if self.head_width is None:
+            return next((width for width in (64, 32) if inner % width == 0 and inner // width >= 4), 16)
+        if inner % self.head_width:
+            raise ValueError(
+                f"head_width={self.head_width} with an inner width of {inner} (expand d_model): expected a divisor of "
+                "that"
+            )
+        return self.head_width
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "Mamba2":
         return Mamba2(self, d_model, rngs=rngs)
@@ -97,16 +117,17 @@ class Mamba2(nnx.Module):
         check_whole(d_model=d_model)
         self.config = config
         self.inner = inner = config.expand * d_model
-        self.num_heads = heads = inner // _head_width(config, inner)
+        self.num_heads = heads = inner // config.width_of_heads(d_model)
         if heads % config.num_groups:
             raise ValueError(f"num_groups={config.num_groups}: expected a divisor of the number of heads, {heads}")
         self.conv_channels = inner + 2 * config.num_groups * config.state_size
 
         def linear(inputs, outputs):
-            return nnx.Linear(inputs, outputs, use_bias=False, dtype=config.dtype, rngs=rngs)
+            return nnx.Linear(inputs, outputs, use_bias=config.proj_bias, dtype=config.dtype, rngs=rngs)
 
         self.in_proj = linear(d_model, inner + self.conv_channels + heads)
-        self.conv = ShortConv(self.conv_channels, config.conv_width, dtype=config.dtype, rngs=rngs)
+        options = {"use_bias": config.conv_bias, "dtype": config.dtype, "rngs": rngs}
+        self.conv = ShortConv(self.conv_channels, config.conv_width, **options)
         self.dt_bias = initial_dt_bias(heads, config.dt_min, config.dt_max, floor=config.dt_floor, rngs=rngs)
         rate = jax.random.uniform(rngs.params(), (heads,), jnp.float32, *config.decay_range)
         self.A_log = nnx.Param(jnp.log(rate), group="no_decay")
@@ -138,7 +159,7 @@ class Mamba2(nnx.Module):
         z, channels, dt = jnp.split(self.in_proj(x), [self.inner, self.inner + self.conv_channels], axis=-1)
         channels, conv = self.conv(channels, state.conv, segments)
         group_width = config.num_groups * config.state_size
-        x, B, C = jnp.split(nnx.silu(channels), [self.inner, self.inner + group_width], axis=-1)
+        x, B, C = jnp.split(ACTIVATIONS[config.activation](channels), [self.inner, self.inner + group_width], axis=-1)
         y, ssm = state_space(
             x.reshape(batch, length, self.num_heads, -1),
             dt,
@@ -155,6 +176,8 @@ class Mamba2(nnx.Module):
         y, gate = y.reshape(batch, length, -1), nnx.silu(z)
         y = self._norm(y) * gate if config.norm_before_gate else self._norm(y * gate)
         y = self.out_proj(y)
+        if config.proj_bias and segments.ids is not None:
+            y = jnp.where((segments.ids != 0)[..., None], y, 0)
         return y, Mamba2State(conv=conv, ssm=ssm, segment_id=segments.segment_id, position=segments.position)
 
 
@@ -199,14 +222,3 @@ def state_space(
         implementation=implementation,
     )
     return y + D.astype(x.dtype)[None, None, :, None] * x, state
-
-
-def _head_width(config, inner):
-    """P; raises ValueError where it does not divide the inner width."""
-    if config.head_width is None:
-        return next((width for width in (64, 32) if inner % width == 0 and inner // width >= 4), 16)
-    if inner % config.head_width:
-        raise ValueError(
-            f"head_width={config.head_width} with an inner width of {inner} (expand d_model): expected a divisor of it"
-        )
-    return config.head_width

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.attention.api import IMPLEMENTATIONS
 
-from lcr.checks import check_call, check_compute, check_positive, check_whole
+from lcr.checks import check_call, check_compute, check_flags, check_positive, check_whole
 from lcr.layers.cache import append, attend_new, attend_slots, attend_slots_and_new
 from lcr.layers.heads import default_num_heads
 from lcr.layers.norms import RMSNorm
@@ -28,11 +28,13 @@ class MLAConfig:
     rope_head_dim: width (even) of the rotated part, whose key all heads share; None: half of nope_head_dim.
     kv_lora_rank: width of the latent; None: twice a head's width.
     q_lora_rank: rank of the queries' projection; None: full.
-    rope_base: base of RoPE's wavelengths; pairs are neighbouring channels, as in the authors' code.
+    rope_base: base of RoPE's wavelengths. rope_interleaved: whether pairs are neighbouring channels, as in the authors'
+        code, or (i, i + width / 2).
     rope_scaling: how RoPE is scaled to longer contexts: a mapping as `lcr.layers.rope_scaling` describes it, or None.
     norm_epsilon: of the norms of the latents.
     scale: of the scores; None: (nope_head_dim + rope_head_dim)^-0.5, for YaRN with `mscale_all_dim` multiplied by
         mscale(factor, mscale_all_dim)^2.
+    bias: whether the projections down to the latents, and the one out, have a bias added (not the ones up from them).
     dtype: of the compute; parameters are float32. implementation: of `pallas_kernels.attention`.
     """
 
@@ -46,11 +48,14 @@ class MLAConfig:
     rope_scaling: Mapping[str, Any] | None = None
     norm_epsilon: float = 1e-6
     scale: float | None = None
+    bias: bool = False
+    rope_interleaved: bool = True
     dtype: Any = jnp.float32
     implementation: str | None = None
 
     def __post_init__(self):
         check_positive(norm_epsilon=self.norm_epsilon)
+        check_flags(bias=self.bias, rope_interleaved=self.rope_interleaved)
         check_rope_base(self.rope_base)
         if self.scale is not None:
             check_positive(scale=self.scale)
@@ -120,9 +125,9 @@ class MLA(nnx.Module):
         if self.scale is None:
             self.scale = key_width**-0.5 * self.rope_scaling.softmax_factor
 
-        def linear(inputs, outputs):
+        def linear(inputs, outputs, use_bias=config.bias):
             return nnx.Linear(
-                inputs, outputs, use_bias=False, dtype=config.dtype, precision=jax.lax.Precision.HIGHEST, rngs=rngs
+                inputs, outputs, use_bias=use_bias, dtype=config.dtype, precision=jax.lax.Precision.HIGHEST, rngs=rngs
             )
 
         queries = d_model
@@ -130,7 +135,7 @@ class MLA(nnx.Module):
             queries = config.q_lora_rank
             self.query_down = linear(d_model, queries)
             self.query_norm = RMSNorm(queries, epsilon=config.norm_epsilon)
-        self.query = linear(queries, heads * key_width)
+        self.query = linear(queries, heads * key_width, False)
         self.kv_down = linear(d_model, rank + config.rope_head_dim)
         self.kv_norm = RMSNorm(rank, epsilon=config.norm_epsilon)
 
@@ -176,11 +181,14 @@ class MLA(nnx.Module):
                 o = attend_slots_and_new(q, *shared, before.position, segments, **options)
             o = self._product("bthr,rhv->bthv", o, self.value_up)
         after = LatentCache(latent=cached, segment_id=segments.segment_id, position=segments.position)
-        return self.out(o.reshape(batch, length, -1)), after
+        y = self.out(o.reshape(batch, length, -1))
+        if self.config.bias and segments.ids is not None:
+            y = jnp.where((segments.ids != 0)[..., None], y, 0)
+        return y, after
 
     def _turn(self, x: Float[Array, "B T H K"], positions: Int[Array, "B T"], slots: int) -> Float[Array, "B T H K"]:
         options = {"base": self.config.rope_base, "scaling": self.rope_scaling, "length": slots}
-        return apply_rope(x, positions, **options, interleaved=True)
+        return apply_rope(x, positions, **options, interleaved=self.config.rope_interleaved)
 
     def _queries(self, x: Activations, positions: Int[Array, "B T"], slots: int):
         config = self.config

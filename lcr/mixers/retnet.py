@@ -10,11 +10,12 @@ import numpy as np
 from flax import nnx, struct
 from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attention
 
-from lcr.checks import check_call, check_compute, check_positive, check_whole
+from lcr.checks import check_call, check_compute, check_flags, check_positive, check_whole
 from lcr.layers.heads import default_num_heads
+from lcr.layers.norms import RMSNorm
 from lcr.layers.rope import rotate
 from lcr.layers.segments import forget, read_segments
-from lcr.typing import Activations, Array, Float, Leaf, SegmentIds
+from lcr.typing import Activations, Leaf, SegmentIds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class RetNetConfig:
     decay_exponents: e_h of the decay 1 - 2^-e_h of each head; None: 5, 6, 7, ... as in the paper. A head remembers
         about 2^e_h tokens, so with four heads the longest memory is 2^8 tokens.
     rotation_base: the slowest channel pair turns by 1 / rotation_base radians per token, the fastest by 1.
-    norm_eps: of the root-mean-square norm of each head.
+    norm_eps: of the root-mean-square norm of each head. norm_scale: whether that norm has a learned scale, which the
+        heads share (as in flash-linear-attention; not in the paper's own code).
     dtype: of the compute; parameters are float32. implementation: of `linear_attention`.
     """
 
@@ -36,6 +38,7 @@ class RetNetConfig:
     decay_exponents: Sequence[float] | None = None
     rotation_base: float = 10_000.0
     norm_eps: float = 1e-6
+    norm_scale: bool = False
     dtype: Any = jnp.float32
     implementation: str | None = None
 
@@ -45,11 +48,12 @@ class RetNetConfig:
             check_whole(num_heads=self.num_heads)
         if self.decay_exponents is not None:
             if not isinstance(self.decay_exponents, Sequence):
-                raise ValueError(f"decay_exponents={self.decay_exponents!r}: expected a number for each head, in a tuple")
+                raise ValueError(f"decay_exponents={self.decay_exponents!r}: expected a tuple, a number a head")
             for exponent in self.decay_exponents:
                 check_positive(decay_exponents=exponent)
             # hashable, as a part of a jitted module is
             object.__setattr__(self, "decay_exponents", tuple(self.decay_exponents))
+        check_flags(norm_scale=self.norm_scale)
         check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "RetNet":
@@ -102,6 +106,7 @@ class RetNet(nnx.Module):
         self.k_proj = linear(d_model, d_model, 2**-2.5)
         self.v_proj = linear(d_model, values, 2**-2.5)
         self.gate_proj = linear(d_model, values, 2**-2.5)
+        self.norm = RMSNorm(self.value_width, epsilon=config.norm_eps, use_scale=config.norm_scale)
         self.out_proj = linear(values, d_model, 2**-1)
 
     def init_state(self, batch: int, capacity: int = 0, dtype: Any = None) -> RetentionState:
@@ -132,7 +137,7 @@ class RetNet(nnx.Module):
             segment_ids=segments.ids,
             implementation=self.config.implementation,
         )
-        y = _root_mean_square_norm(o, self.config.norm_eps) * nnx.silu(heads(self.gate_proj))
+        y = self.norm(o) * nnx.silu(heads(self.gate_proj))
         y = self.out_proj(y.reshape(batch, length, -1))
         return y, RetentionState(retention=retention, segment_id=segments.segment_id, position=segments.position)
 
@@ -146,12 +151,6 @@ def log_decays(num_heads: int, exponents: tuple[float, ...] | None = None) -> np
 def retention_frequencies(width: int, base: float = 10_000.0) -> np.ndarray:
     """RetNet's rotation, radians per token: from 1 to 1 / base, both included (RoPE stops one step short)."""
     return np.float64(base) ** -np.linspace(0.0, 1.0, width // 2)
-
-
-def _root_mean_square_norm(x: Float[Array, "B T H V"], epsilon: float) -> Float[Array, "B T H V"]:
-    exact = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(exact), axis=-1, keepdims=True)
-    return (exact * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
 
 
 def _sizes(config, d_model):

@@ -50,12 +50,12 @@ class RWKV4State:
 class RWKV4(nnx.Module):
     """With x' the real token before x in its document, and m one number for each channel, for each of r, k, v
 
-        x_r = x + m_r (x' - x)        r, k, v = x_r W_r, x_k W_k, x_v W_v
+        x_r = m_r x + (1 - m_r) x'    r, k, v = x_r W_r, x_k W_k, x_v W_v
 
         num_t = exp(-w) num_{t-1} + exp(k_t) v_t        den_t = exp(-w) den_{t-1} + exp(k_t)
         y = (sigmoid(r_t) * (num_{t-1} + exp(u + k_t) v_t) / (den_{t-1} + exp(u + k_t))) W_o
 
-    (equations 11 to 16), with w = exp(time_decay). The m here are 1 minus the `time_mix` of the authors' code.
+    (equations 11 to 16), with w = exp(time_decay).
     """
 
     def __init__(self, config: RWKV4Config, d_model: int, *, rngs: nnx.Rngs):
@@ -72,9 +72,9 @@ class RWKV4(nnx.Module):
 
         # The authors' initial values for a layer in the middle of the model
         channel = jnp.arange(d_model, dtype=jnp.float32) / d_model
-        self.r_mix = no_decay(1 - channel**0.25)
-        self.k_mix = no_decay(1 - channel**0.5)
-        self.v_mix = no_decay(1 - channel**0.5 - 0.15)
+        self.time_mix_r = no_decay(channel**0.25)
+        self.time_mix_k = no_decay(channel**0.5)
+        self.time_mix_v = no_decay(channel**0.5 + 0.15)
         place = jnp.linspace(0.0, 1.0, width, dtype=jnp.float32)
         self.time_decay = no_decay(-5 + 8 * place**1.35)
         zigzag = (jnp.arange(width, dtype=jnp.float32) + 1) % 3 - 1
@@ -108,11 +108,11 @@ class RWKV4(nnx.Module):
         previous, shift = token_shift(x, state.shift, segments)
 
         def mixed(mix):
-            return x + mix[...].astype(dtype)[None, None] * (previous - x)
+            return previous + mix[...].astype(dtype)[None, None] * (x - previous)
 
         y, sums = wkv(
-            self.k_proj(mixed(self.k_mix)),
-            self.v_proj(mixed(self.v_mix)),
+            self.k_proj(mixed(self.time_mix_k)),
+            self.v_proj(mixed(self.time_mix_v)),
             # exp(-exp(10)) is 0 already; an infinite decay would have no gradient that is a number.
             -jnp.exp(jnp.minimum(self.time_decay[...], 10.0)),
             self.bonus[...],
@@ -120,5 +120,5 @@ class RWKV4(nnx.Module):
             segment_ids=segments.ids,
             implementation=self.config.implementation,
         )
-        y = self.out_proj(nnx.sigmoid(self.r_proj(mixed(self.r_mix))) * y)
+        y = self.out_proj(nnx.sigmoid(self.r_proj(mixed(self.time_mix_r))) * y)
         return y, RWKV4State(shift=shift, wkv=sums, segment_id=segments.segment_id, position=segments.position)

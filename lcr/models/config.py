@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from lcr.checks import check_choice, check_flags, check_positive, check_whole, unknown_name
 from lcr.layers.feed_forward import FEED_FORWARDS, feed_forward_config
 from lcr.layers.mlp import default_d_ff
+from lcr.layers.norms import NORMS
 from lcr.mixers import mixer_config
 
 DTYPES = ("float32", "bfloat16")
@@ -21,14 +22,21 @@ REMAT = ("none", "full", "dots")
 class ModelConfig:
     """A decoder: its mixers, in order, and its sizes.
 
-    mixers:         names of `lcr.MIXERS`; a hybrid is a mixed tuple; the depth is its length.
-    mixer_options:  {mixer name: {option: value}}.
+    mixers:         names of `lcr.MIXERS`; a hybrid is a mixed tuple; the depth is its length. Layers of one mixer may
+                    differ in their options: what follows a colon, as in "gqa:local", is a name of their own.
+    mixer_options:  {mixer name: {option: value}}, the name with its colon and what follows.
     d_ff:           width of the feed-forward after each mixer: None for its default (8/3 d_model of a SwiGLU, 4 d_model
                     of channel mixing), 0 for no feed-forward.
     feed_forward:   "swiglu", "moe" (mixture of experts), "channel_mixing" (RWKV's) or "none"; one name for all layers,
                     or a tuple with one for each.
     feed_forward_options: {feed-forward's name: {option: value}}.
     tie_embeddings: whether the output projection is the transposed embedding.
+    embedding_scale: what embeddings are multiplied by (Gemma: sqrt(d_model)), rounded to the compute dtype.
+    embedding_norm: whether they are normed (RWKV).
+    norm:           "rms"; "rms_offset", its scale learned as the difference from 1 (Gemma); "layer" (LayerNorm); or
+                    "layer_without_bias". norm_epsilon: of these.
+    post_norms:     whether what comes out of a mixer and a feed-forward is normed too, before it is added (Gemma 2).
+    logit_soft_cap: logits become logit_soft_cap tanh(logit / logit_soft_cap).
     dtype:          of the compute, "float32" or "bfloat16"; parameters are float32, logits are float32.
     remat:          what the backward pass computes again: "none" (save everything), "dots" (save the results of
                     matrix products), "full" (save each repeating group's input only).
@@ -42,14 +50,23 @@ class ModelConfig:
     feed_forward: str | Sequence[str] = "swiglu"
     feed_forward_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tie_embeddings: bool = True
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    norm: str = "rms"
+    post_norms: bool = False
+    logit_soft_cap: float | None = None
     dtype: str = "float32"
     remat: str = "none"
     norm_epsilon: float = 1e-5
 
     def __post_init__(self):
         check_whole(vocab_size=self.vocab_size, d_model=self.d_model)
-        check_positive(norm_epsilon=self.norm_epsilon)
-        check_flags(tie_embeddings=self.tie_embeddings)
+        check_positive(norm_epsilon=self.norm_epsilon, embedding_scale=self.embedding_scale)
+        if self.logit_soft_cap is not None:
+            check_positive(logit_soft_cap=self.logit_soft_cap)
+        for name in ("tie_embeddings", "embedding_norm", "post_norms"):
+            check_flags(**{name: getattr(self, name)})
+        check_choice("norm", self.norm, NORMS)
         check_names("mixers", self.mixers)
         if not isinstance(self.feed_forward, str):
             check_names("feed_forward", self.feed_forward)
@@ -120,7 +137,11 @@ class ModelConfig:
     def mixer(self, name: str):
         """The configuration of one mixer, in this model's compute dtype unless its options say otherwise."""
         options = {"dtype": jnp.dtype(self.dtype), **self.mixer_options.get(name, {})}
-        return mixer_config(name, **options)
+        return mixer_config(name.partition(":")[0], **options)
+
+    def make_norm(self):
+        """A norm over the model's width."""
+        return NORMS[self.norm](self.d_model, epsilon=self.norm_epsilon)
 
 
 def check_names(argument: str, names: object) -> None:

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from lcr.checks import check_segment_ids, check_state
 from lcr.layers.feed_forward import feed_forward_config, make_feed_forward
 from lcr.layers.moe import Routing
-from lcr.layers.norms import RMSNorm
 from lcr.mixers.interface import Mixer
 from lcr.models.config import ModelConfig, model_config
 from lcr.typing import Activations, Array, Bool, Float, Int, SegmentIds, State, Tokens
@@ -21,16 +20,19 @@ from lcr.typing import Activations, Array, Bool, Float, Int, SegmentIds, State, 
 
 class Block(nnx.Module):
     """x = x + mixer(norm(x)); x = x + feed_forward(norm(x)) (the second line only if the layer has a feed-forward).
+    With `post_norms`, what is added to x is normed as well.
 
     Its state is the mixer's, or (the mixer's, the feed-forward's) where that has one too.
     """
 
     def __init__(self, config: ModelConfig, mixer: str, feed_forward: str, *, rngs: nnx.Rngs):
-        self.mixer_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
+        self.mixer_norm = config.make_norm()
+        self.mixer_post_norm = config.make_norm() if config.post_norms else None
         self.mixer = config.mixer(mixer).make(config.d_model, rngs=rngs)
         self.feed_forward = feed_forward
         if feed_forward != "none":
-            self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
+            self.mlp_norm = config.make_norm()
+            self.mlp_post_norm = config.make_norm() if config.post_norms else None
             options = feed_forward_config(feed_forward, **config.feed_forward_options.get(feed_forward, {}))
             dtype = jnp.dtype(config.dtype)
             self.mlp = make_feed_forward(options, config.d_model, config.d_ff, dtype=dtype, rngs=rngs)
@@ -56,6 +58,8 @@ class Block(nnx.Module):
         state, mlp_state = (state, None) if not self.has_state or state is None else state
         handed = {"first_values": first_values} if hands_on(self.mixer) else {}
         y, state = self.mixer(self.mixer_norm(x), state, segment_ids, **handed)
+        if self.mixer_post_norm is not None:
+            y = self.mixer_post_norm(y)
         x, routing = x + y.astype(x.dtype), None
         match self.feed_forward:
             case "none":
@@ -67,6 +71,8 @@ class Block(nnx.Module):
                 state = state, mlp_state
             case _:
                 y = self.mlp(self.mlp_norm(x))
+        if self.mlp_post_norm is not None:
+            y = self.mlp_post_norm(y)
         return x + y.astype(x.dtype), state, routing
 
 
@@ -128,7 +134,8 @@ class Decoder(nnx.Module):
             return Group(config, rngs=rngs)
 
         self.groups = stacked(rngs)
-        self.final_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
+        self.embedding_norm = config.make_norm() if config.embedding_norm else None
+        self.final_norm = config.make_norm()
         if not config.tie_embeddings:
             self.head = nnx.Param(std * jax.random.normal(rngs.params(), (config.vocab_size, config.d_model)))
 
@@ -172,6 +179,10 @@ class Decoder(nnx.Module):
             self._check_states(states, tokens.shape[0])
         dtype = jnp.dtype(self.config.dtype)
         x = self.embedding[...].astype(dtype)[tokens]
+        if self.config.embedding_scale != 1:
+            x = x * jnp.asarray(self.config.embedding_scale, dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         graph, parameters = nnx.split(self.groups)
 
         def group(carry, layer):
@@ -188,6 +199,8 @@ class Decoder(nnx.Module):
         x = self.final_norm(x)
         output = self.embedding if self.config.tie_embeddings else self.head
         logits = jnp.einsum("bpd,vd->bpv", x, output[...].astype(dtype), preferred_element_type=jnp.float32)
+        if self.config.logit_soft_cap is not None:
+            logits = self.config.logit_soft_cap * jnp.tanh(logits / self.config.logit_soft_cap)
         return logits, states, routings
 
     def _check_states(self, states: State, batch: int) -> None:

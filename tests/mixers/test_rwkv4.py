@@ -25,7 +25,7 @@ def time_mixing(golden, prefix):
     """A mixer with the weights (`[out, in]`) of one layer of the golden model."""
     mixer = RWKV4Config().make(52, rngs=nnx.Rngs(0))
     for ours, theirs in {"r": "receptance", "k": "key", "v": "value"}.items():
-        getattr(mixer, f"{ours}_mix").set_value(jnp.asarray(1 - golden[f"{prefix}.time_mix_{theirs}"]))
+        getattr(mixer, f"time_mix_{ours}").set_value(jnp.asarray(golden[f"{prefix}.time_mix_{theirs}"]))
         getattr(mixer, f"{ours}_proj").kernel.set_value(jnp.asarray(golden[f"{prefix}.{theirs}.weight"].T))
     mixer.time_decay.set_value(jnp.asarray(golden[f"{prefix}.time_decay"]))
     mixer.bonus.set_value(jnp.asarray(golden[f"{prefix}.time_first"]))
@@ -34,10 +34,10 @@ def time_mixing(golden, prefix):
 
 
 def channel_mixing(golden, prefix):
-    layer = ChannelMixingConfig(d_ff=88).make(52, rngs=nnx.Rngs(0))
+    layer = ChannelMixingConfig(d_ff=88, mix_of="current").make(52, rngs=nnx.Rngs(0))
     for name in ("key", "receptance"):
         getattr(layer, name).kernel.set_value(jnp.asarray(golden[f"{prefix}.{name}.weight"].T))
-        getattr(layer, f"{name}_mix").set_value(jnp.asarray(1 - golden[f"{prefix}.time_mix_{name}"]))
+        getattr(layer, f"{name}_mix").set_value(jnp.asarray(golden[f"{prefix}.time_mix_{name}"]))
     layer.value.kernel.set_value(jnp.asarray(golden[f"{prefix}.value.weight"].T))
     return layer
 
@@ -87,13 +87,13 @@ def test_initial_values():
     np.testing.assert_allclose(time_decay[[0, -1]], [-5, 3], rtol=1e-6)
     assert (np.diff(time_decay) > 0).all()
     np.testing.assert_allclose(mixer.bonus[...][:3], np.log(0.3) + np.array([0, 0.5, -0.5]), rtol=1e-6)
-    for name, first, middle in (("r", 1, 1 - 0.5**0.25), ("k", 1, 1 - 0.5**0.5), ("v", 0.85, 0.85 - 0.5**0.5)):
-        np.testing.assert_allclose(getattr(mixer, f"{name}_mix")[...][jnp.array([0, 16])], [first, middle], rtol=1e-5)
+    for name, first, middle in (("r", 0, 0.5**0.25), ("k", 0, 0.5**0.5), ("v", 0.15, 0.15 + 0.5**0.5)):
+        np.testing.assert_allclose(getattr(mixer, f"time_mix_{name}")[...][jnp.array([0, 16])], [first, middle], rtol=1e-5)
 
 
 def test_no_weight_decay_on_vectors():
     mixer = nnx.eval_shape(lambda: lcr.make_mixer("rwkv4", 32, rngs=nnx.Rngs(0)))
-    for name in ("r_mix", "k_mix", "v_mix", "time_decay", "bonus"):
+    for name in ("time_mix_r", "time_mix_k", "time_mix_v", "time_decay", "bonus"):
         assert getattr(mixer, name).get_metadata()["group"] == "no_decay"
 
 

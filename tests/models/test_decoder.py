@@ -220,3 +220,67 @@ def test_options_in_a_config_dict():
 def test_feed_forwards_that_would_be_ignored_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         lcr.ModelConfig(**{"vocab_size": 9, "d_model": 16, "mixers": ("mha",)} | change)
+
+
+def test_layers_of_one_mixer_may_differ():
+    """What follows the colon names options of its own; alike layers are stacked all the same."""
+    options = {"gqa:local": {"window": 2}, "gqa:far": {"rope_base": 1e6}}
+    model = build(mixers=("gqa:local", "gqa:far") * 2, mixer_options=options)
+    local, far = (block.mixer.config for block in model.groups.blocks)
+    assert (local.window, far.window) == (2, None) and (local.rope_base, far.rope_base) == (1e4, 1e6)
+    states = model.init_states(1, 9)
+    assert [state.keys.shape[:3] for state in states] == [(2, 1, 2), (2, 1, 9)]
+    with pytest.raises(ValueError, match="unknown mixer 'gqu'. Did you mean 'gqa'"):
+        build(mixers=("gqu:local",))
+    with pytest.raises(ValueError, match="mixer_options: unknown mixer of this model 'gqa'"):
+        build(mixers=("gqa:local",), mixer_options={"gqa": {}})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "layer", "embedding_norm": True},
+        {"norm": "layer_without_bias"},
+        {"norm": "rms_offset", "post_norms": True, "embedding_scale": 4.0, "logit_soft_cap": 2.0},
+    ],
+    ids=["layer", "without bias", "offset"],
+)
+def test_norms_scales_and_caps(options):
+    """A block by hand: norms before and after, embeddings scaled and normed, logits capped."""
+    config = {"mixers": ("mha",), "d_ff": 32, "tie_embeddings": False} | options
+    model = build(**config)
+    graph, parameters = nnx.split(model)
+    parameters = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), parameters)
+    model = nnx.merge(graph, parameters)
+    block = nnx.merge(*jax.tree.map(lambda p: p[0] if hasattr(p, "ndim") else p, nnx.split(model.groups))).blocks[0]
+
+    def norm(module, x):
+        x = x - x.mean(-1, keepdims=True) if options["norm"].startswith("layer") else x
+        scale = np.asarray(module.scale[...]) + np.float32(options["norm"] == "rms_offset")
+        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + np.float32(1e-5)) * scale
+        return y + np.asarray(module.bias[...]) if options["norm"] == "layer" else y
+
+    x = np.asarray(model.embedding[...])[tokens()] * np.float32(options.get("embedding_scale", 1))
+    if "embedding_norm" in options:
+        x = norm(model.embedding_norm, x)
+    y = np.asarray(block.mixer(jnp.asarray(norm(block.mixer_norm, x)))[0])
+    x = x + (norm(block.mixer_post_norm, y) if "post_norms" in options else y)
+    y = np.asarray(block.mlp(jnp.asarray(norm(block.mlp_norm, x))))
+    x = x + (norm(block.mlp_post_norm, y) if "post_norms" in options else y)
+    logits = np.asarray(norm(model.final_norm, x)) @ np.asarray(model.head[...]).T
+    if "logit_soft_cap" in options:
+        logits = 2 * np.tanh(logits / 2)
+    assert_close(run(model, tokens())[0], logits, "float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "batch"}, "norm: unknown value 'batch'"),
+        ({"embedding_scale": 0.0}, "embedding_scale=0.0: expected a number above 0"),
+        ({"logit_soft_cap": -1.0}, "logit_soft_cap=-1.0"),
+    ],
+)
+def test_norms_scales_and_caps_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        lcr.ModelConfig(**SMALL, **options)

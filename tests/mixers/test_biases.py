@@ -1,0 +1,58 @@
+"""Biases, which checkpoints of others may have: padding stays nothing, and the pieces make the whole."""
+
+import jax
+import jax.numpy as jnp
+import lcr
+import numpy as np
+import pytest
+from flax import nnx
+from tolerances import assert_close
+
+CASES = {
+    "attention": {
+        "qkv_bias": True, "out_bias": True, "qk_norm": "offset", "scale": 0.3, "rope_width": 4, "head_dim": 8
+    },  # fmt: skip
+    "mla": {"bias": True, "q_lora_rank": 8, "rope_interleaved": False},
+    "mamba": {"proj_bias": True, "activation": "gelu_tanh"},
+    "mamba2": {"proj_bias": True, "conv_bias": False, "activation": "relu"},
+    "retnet": {"norm_scale": True},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_and_pieces(name):
+    mixer = lcr.make_mixer(name, 32, rngs=nnx.Rngs(0), **CASES[name])
+    graph, parameters = nnx.split(mixer)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    parameters = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(keys), p.shape), parameters)  # no bias is 0
+    call = jax.jit(lambda x, state, ids: nnx.merge(graph, parameters)(x, state, ids))
+    x = jax.random.normal(jax.random.key(2), (2, 9, 32))
+    whole, _ = call(x, mixer.init_state(2, 9), None)
+
+    state, parts = mixer.init_state(2, 9), []
+    for piece in np.split(np.asarray(x), [4, 5], axis=1):
+        y, state = call(piece, state, None)
+        parts.append(y)
+    assert_close(np.concatenate(parts, axis=1), whole, "float32")
+
+    at = np.array([0, 2, 3, 5, 6, 7, 9, 10, 12])  # the rest is padding
+    padded = jnp.full((2, 13, 32), 5.0).at[:, at].set(x)
+    ids = jnp.zeros((2, 13), jnp.int32).at[:, at].set(1)
+    y, _ = call(padded, mixer.init_state(2, 13), ids)
+    assert_close(np.asarray(y)[:, at], whole, "float32")
+    assert not np.delete(np.asarray(y), at, axis=1).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rope_width": 3}, "rope_width=3: expected an even one, at most the head_dim 8"),
+        ({"rope_width": 10}, "rope_width=10: expected an even one"),
+        ({"rope_width": 4, "positions": "none"}, "rope_width=4 beside positions='none'"),
+        ({"qk_norm": "shifted"}, "qk_norm='shifted': expected False, True or 'offset'"),
+        ({"scale": 0.0}, "scale=0.0: expected a number above 0"),
+    ],
+)
+def test_attention_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        lcr.make_mixer("attention", 32, rngs=nnx.Rngs(0), head_dim=8, **options)
