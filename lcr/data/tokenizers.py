@@ -3,6 +3,7 @@
 In both, id 0 is padding: `encode` never produces it and `decode` drops it.
 """
 
+import os
 import re
 from typing import Protocol, runtime_checkable
 
@@ -104,10 +105,18 @@ TOKENIZERS = {"bytes": ByteTokenizer, "words": WordTokenizer}
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of that name. Raises ValueError naming the nearest known one."""
-    if name not in TOKENIZERS:
-        raise ValueError(unknown_name("tokenizer", name, TOKENIZERS))
-    return TOKENIZERS[name]()
+    """The tokenizer of that name, or of that folder (a checkpoint's). Raises ValueError naming the nearest known one,
+    and for a folder without a tokenizer."""
+    if name in TOKENIZERS:
+        return TOKENIZERS[name]()
+    if not os.path.isdir(name):
+        raise ValueError(unknown_name("tokenizer", name, TOKENIZERS) + "; or the folder of a tokenizer")
+    from lcr.pretrained.tokenizer import find_tokenizer  # which takes this file's tokenizers where there is none
+
+    tokenizer = find_tokenizer(name)
+    if tokenizer is None:
+        raise ValueError(f"tokenizer={name!r}: the folder has no tokenizer.json, tokenizer.model or rwkv_vocab*.txt")
+    return tokenizer
 
 
 def check_writes_any_text(tokenizer: str, what: str) -> None:

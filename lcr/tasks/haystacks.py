@@ -2,20 +2,25 @@
 
 A haystack is called for an exact number of tokens and answers with them and with the places where the needle may go.
 It is always the *end* of a longer text: whole units (filler blocks, words, lines), preceded by the tail of one more
-unit where whole ones do not fill the count. Each unit ends with its separator (a space, a newline; nothing for a
+unit where whole ones do not fill the count. Each unit has its separator with it (a space, a newline; nothing for a
 tokenizer without white space), so the text reads on after the tail and may be parted after every unit.
 """
 
+import collections
 import os
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int32, Integer
 
 from lcr.data.sources import open_source
-from lcr.data.tokenizers import RANDOM_WORDS, Tokenizer
+from lcr.data.tokenizers import RANDOM_WORDS, ByteTokenizer, Tokenizer
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+
+Units = Callable[[Iterable[str]], list[Int32[np.ndarray, "T"]]]  # see `Wording.units`
 
 
 class Haystack(Protocol):
@@ -32,8 +37,8 @@ class Haystack(Protocol):
 class RepeatedFiller:
     """The filler of Mohtashami and Jaggi (arXiv 2305.16300), over and over; places are the ends of its blocks."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._block = tokenizer.encode(FILLER + " ")
+    def __init__(self, units: Units):
+        (self._block,) = units([FILLER])
         self._tiled = self._block
 
     def sample(
@@ -45,10 +50,12 @@ class RepeatedFiller:
 
 
 class RandomWords:
-    """Words drawn evenly from `RANDOM_WORDS`, all of which have as many tokens; places are the ends of words."""
+    """Words drawn evenly from those of `RANDOM_WORDS` that have as many tokens as most; places are the ends of words."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._words = np.stack([tokenizer.encode(word + " ") for word in RANDOM_WORDS])
+    def __init__(self, units: Units):
+        words = units(RANDOM_WORDS)
+        width = collections.Counter(map(len, words)).most_common(1)[0][0]
+        self._words = np.stack([word for word in words if len(word) == width])
 
     def sample(
         self, rng: np.random.Generator, count: int
@@ -66,27 +73,36 @@ class RealText:
     """
 
     MAX_BYTES = 1 << 26
+    MAX_TEXT = 1 << 22  # of a tokenizer that has to be asked line by line
 
     def __init__(self, tokenizer: Tokenizer, source: str, data_dir: str | os.PathLike | None):
         documents = open_source(source, data_dir=data_dir)
+        by_the_byte = tokenizer.name == ByteTokenizer.name
         pieces: list[bytes] = []
-        size = 0
+        size, most = 0, self.MAX_BYTES if by_the_byte else self.MAX_TEXT
         for index in range(len(documents)):
             pieces.append(documents[index].rstrip(b"\n") + b"\n")
             size += len(pieces[-1])
-            if size >= self.MAX_BYTES:
+            if size >= most:
                 break
-        self._text = np.frombuffer(b"".join(pieces), np.uint8)
-        self._line_ends = np.flatnonzero(self._text == ord("\n")) + 1
-        self._tokenizer = tokenizer
+        text = b"".join(pieces)
+        if by_the_byte:
+            self._tokens = tokenizer.encode(text)
+            self._ends = np.frombuffer(text, np.uint8) == ord("\n")
+        else:
+            lines = [tokenizer.encode(line.decode("utf-8", "replace")) for line in text[:most].splitlines(keepends=True)]
+            self._tokens = np.concatenate(lines)
+            self._ends = np.zeros(len(self._tokens), bool)
+            self._ends[np.cumsum([len(line) for line in lines if len(line)]) - 1] = True
+        self._line_ends = np.flatnonzero(self._ends) + 1
 
     def sample(
         self, rng: np.random.Generator, count: int
     ) -> tuple[Int32[np.ndarray, "T"], Integer[np.ndarray, "places"]]:
         end = int(self._line_ends[rng.integers(len(self._line_ends))])
-        text = np.take(self._text, np.arange(end - count, end), mode="wrap")
-        places = np.flatnonzero(text == ord("\n")) + 1
-        return self._tokenizer.encode(text.tobytes()), with_start(places)
+        taken = np.arange(end - count, end)
+        places = np.flatnonzero(np.take(self._ends, taken, mode="wrap")) + 1
+        return np.take(self._tokens, taken, mode="wrap"), with_start(places)
 
 
 def unit_ends(count: int, unit: int) -> Integer[np.ndarray, "places"]:

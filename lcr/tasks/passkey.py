@@ -19,43 +19,36 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lcr.checks import check_choice
-from lcr.data.tokenizers import check_writes_any_text, make_tokenizer
+from lcr.data.tokenizers import Tokenizer, check_writes_any_text, make_tokenizer
 from lcr.tasks.haystacks import Haystack, RandomWords, RealText, RepeatedFiller
 from lcr.tasks.interface import Example
-
-INTRODUCTION = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
-    "I will quiz you about the important information there."
-)
-NEEDLE = ("The pass key is ", ". Remember it. ", " is the pass key.")  # the key stands in both gaps
-QUESTION = "What is the pass key?"
-ANSWER_PROMPT = "The pass key is "
-DIGITS = 5
+from lcr.tasks.wording import DIGITS, make_wording
 
 
 class PasskeyTask:
     """Find the five digits that were hidden in a haystack.
 
-    tokenizer: "words" or "bytes".
-    haystack:  "repeat" (the filler), "words" (random words) or "text" (lines of a corpus; tokenizer "bytes" only).
+    tokenizer: "words", "bytes", the folder of a checkpoint whose tokenizer it is, or a tokenizer.
+    haystack:  "repeat" (the filler), "words" (random words) or "text" (lines of a corpus; not with "words").
     question:  "last", or "first": before the haystack, while "The pass key is" stays at the end. Where the question
                comes first a model knows what to keep (arXiv 2402.01032).
-    loss:      "answer": on the five digits that end the sample; "all": on every token but the first.
+    loss:      "answer": on the key that ends the sample; "all": on every token but the first.
     source, data_dir: the corpus of the haystack "text", see `lcr.data.sources.open_source`.
 
-    The pieces are joined by newlines, an empty part of the haystack left out. The space before the key belongs to the
-    prompt, so that the answer is five digits, five tokens, with either tokenizer. When whole blocks do not fill the
-    length, the haystack opens with the tail of one more block; the needle may stand before that tail, after it, or
-    after any whole block: it is never cut, nor are the introduction and the question.
+    The pieces are joined by newlines, an empty part of the haystack left out. With "words" and "bytes" the space before
+    the key belongs to the prompt, so that the answer is five digits, five tokens; a tokenizer of a published model may
+    take fewer (`lcr.tasks.wording`). When whole blocks do not fill the length, the haystack opens with the tail of one
+    more block; the needle may stand before that tail, after it, or after any whole block: it is never cut, nor are the
+    introduction and the question.
+
+    chance: of each metric, by guessing digits.
     """
 
     name = "passkey"
-    answer_length = DIGITS
-    chance: Mapping[str, float] = MappingProxyType({"exact_match": 1e-5, "digit_accuracy": 0.1})
 
     def __init__(
         self,
-        tokenizer: str = "words",
+        tokenizer: str | Tokenizer = "words",
         haystack: str = "repeat",
         question: str = "last",
         loss: str = "answer",
@@ -65,30 +58,22 @@ class PasskeyTask:
         check_choice("haystack", haystack, ("repeat", "words", "text"))
         check_choice("question", question, ("last", "first"))
         check_choice("loss", loss, ("answer", "all"))
-        self.tokenizer = make_tokenizer(tokenizer)
+        self.tokenizer = make_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.haystack = haystack
         self.question = question
         self.loss = loss
-        encode = self.tokenizer.encode
-        if question == "last":
-            self._head = encode(INTRODUCTION + "\n")
-            self._end = encode(QUESTION + " " + ANSWER_PROMPT)
-        else:
-            self._head = encode(INTRODUCTION + "\n" + QUESTION + "\n")
-            self._end = encode(ANSWER_PROMPT)
-        before, between, after = (encode(piece) for piece in (NEEDLE[0], NEEDLE[1], NEEDLE[2] + "\n"))
-        gap = np.zeros(DIGITS, np.int32)
-        self._needle = np.concatenate([before, gap, between, gap, after])
-        self._first_key = len(before)
-        self._second_key = len(before) + DIGITS + len(between)
-        self._digits = encode("0123456789")
-        self._newline = encode("\n")
-        self._min_length = len(self._head) + len(self._needle) + len(self._end) + DIGITS
         if haystack == "text":
-            check_writes_any_text(tokenizer, "haystack='text'")
+            check_writes_any_text(self.tokenizer.name, "haystack='text'")
+        self._wording = wording = make_wording(self.tokenizer, question)
+        self.answer_length = wording.answer_length
+        self.chance: Mapping[str, float] = MappingProxyType(
+            {"exact_match": 10.0**-DIGITS, "digit_accuracy": 10.0 ** (-DIGITS / self.answer_length)}
+        )
+        self._min_length = len(wording.head) + wording.needle_length + len(wording.end) + self.answer_length
+        if haystack == "text":
             self._haystack: Haystack = RealText(self.tokenizer, source, data_dir)
         else:
-            self._haystack = {"repeat": RepeatedFiller, "words": RandomWords}[haystack](self.tokenizer)
+            self._haystack = {"repeat": RepeatedFiller, "words": RandomWords}[haystack](wording.units)
 
     def min_length(self) -> int:
         return self._min_length
@@ -102,37 +87,37 @@ class PasskeyTask:
             )
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"depth={depth}: expected a number from 0 (needle first) to 1 (needle last), or None")
-        key = self._digits[rng.integers(0, 10, DIGITS)]
-        count = length - self._min_length
+        head, end, newline = self._wording.head, self._wording.end, self._wording.newline
+        needle, key = self._wording.draw(rng)
+        count, prompt_length = length - self._min_length, length - len(key)
         hay, places = self._haystack.sample(rng, count)
         place = int(places[rng.integers(len(places))]) if depth is None else nearest(places, depth * count)
 
         tokens = np.empty(length, np.int32)
-        needle = len(self._head) + place
-        suffix = needle + len(self._needle)
-        tokens[: len(self._head)] = self._head
-        tokens[len(self._head) : needle] = hay[:place]
-        tokens[needle:suffix] = self._needle
-        tokens[needle + self._first_key :][:DIGITS] = key
-        tokens[needle + self._second_key :][:DIGITS] = key
+        start = len(head) + place
+        suffix = start + len(needle)
+        tokens[: len(head)] = head
+        tokens[len(head) : start] = hay[:place]
+        tokens[start:suffix] = needle
         tokens[suffix : suffix + count - place] = hay[place:]
-        if len(self._newline):  # each part of the haystack ends its line, whatever separated its units
-            tokens[needle - 1] = tokens[suffix + count - place - 1] = self._newline[0]
-        tokens[suffix + count - place : length - DIGITS] = self._end
-        tokens[length - DIGITS :] = key
+        if len(newline):  # each part of the haystack ends its line, whatever separated its units
+            tokens[start - 1] = tokens[suffix + count - place - 1] = newline[0]
+        tokens[suffix + count - place : prompt_length] = end
+        tokens[prompt_length:] = key
 
         loss_mask = np.full(length, self.loss == "all")
-        loss_mask[length - DIGITS :] = True
+        loss_mask[prompt_length:] = True
         loss_mask[0] = False
-        return Example(tokens, loss_mask, length - DIGITS, place / count if count else 0.0, needle)
+        return Example(tokens, loss_mask, prompt_length, place / count if count else 0.0, start)
 
     def score(
         self, predicted: Int[np.ndarray, "B P"], expected: Int[np.ndarray, "B P"]
     ) -> dict[str, Float[np.ndarray, "B"]]:
-        """exact_match: 1 where all five digits are right, else 0; digit_accuracy: share of the digits that are."""
-        if predicted.shape != expected.shape or predicted.shape[1:] != (DIGITS,):
+        """exact_match: 1 where the whole key is right, else 0; digit_accuracy: share of its tokens that are."""
+        if predicted.shape != expected.shape or predicted.shape[1:] != (self.answer_length,):
             raise ValueError(
-                f"predicted {predicted.shape} and expected {expected.shape}: both must be [samples, {DIGITS}]"
+                f"predicted {predicted.shape} and expected {expected.shape}: both must be "
+                f"[samples, {self.answer_length}]"
             )
         right = predicted == expected
         return {"exact_match": right.all(axis=1).astype(np.float64), "digit_accuracy": right.mean(axis=1)}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lcr.tasks import make_task
 from lcr.tasks.haystacks import FILLER
-from lcr.tasks.passkey import INTRODUCTION
+from lcr.tasks.wording import INTRODUCTION
 
 CASES = [("words", "repeat"), ("words", "words"), ("bytes", "repeat"), ("bytes", "words")]
 TASKS = {case: make_task("passkey", tokenizer=case[0], haystack=case[1]) for case in CASES}
