@@ -7,5 +7,7 @@ from lcr.models import ModelConfig as ModelConfig
 from lcr.models import generate as generate
 from lcr.models import hybrid as hybrid
 from lcr.models import make_model as make_model
+from lcr.pretrained import load_pretrained as load_pretrained
+from lcr.pretrained import save_pretrained as save_pretrained
 
 __version__ = "0.1.0"

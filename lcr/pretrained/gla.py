@@ -1,0 +1,59 @@
+"""Gated linear attention (arXiv 2312.06635) in flash-linear-attention's format."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lcr.models.config import ModelConfig
+from lcr.pretrained import fla
+from lcr.pretrained.family import Family, linear
+from lcr.pretrained.fields import Fields
+from lcr.pretrained.tensors import Line, transposed
+
+
+def read(c: Fields) -> dict[str, Any]:
+    sizes, depth = fla.read_sizes(c, hidden_size=2048, num_layers=24)
+    feed_forward = fla.read_swiglu(c, sizes["d_model"], ratio=4)
+    heads = c.whole("num_heads", 4)
+    c.only("num_kv_heads", None, heads)
+    for name, value in (
+        ("feature_map", None), ("use_short_conv", False), ("use_output_gate", True), ("clamp_min", None),
+        ("use_gk", True), ("use_gv", False), ("elementwise_affine", True),
+    ):  # fmt: skip
+        c.only(name, value)
+    c.get("conv_size", None)
+    options = {
+        "num_heads": heads,
+        "key_factor": c.number("expand_k", 0.5),
+        "value_factor": c.number("expand_v", 1.0),
+        "norm_eps": feed_forward["norm_epsilon"],
+    }
+    return sizes | feed_forward | {"mixers": ("gla",) * depth, "mixer_options": {"gla": options}}
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    options = config.mixer("gla")
+    return fla.write_sizes(config) | {
+        "num_heads": options.num_heads,
+        "expand_k": options.key_factor,
+        "expand_v": options.value_factor,
+    }
+
+
+def lines(config: ModelConfig) -> Iterator[Line]:
+    options, width = config.mixer("gla"), config.d_model
+    keys, values, rank = int(options.key_factor * width), int(options.value_factor * width), options.gate_rank
+    yield from fla.swiglu_lines(config)
+    for layer in range(len(config.mixers)):
+        prefix = f"model.layers.{layer}.attn"
+        for theirs, ours, outputs in (("q", "q", keys), ("k", "k", keys), ("v", "v", values), ("g", "gate", values)):
+            yield from linear(f"{prefix}.{theirs}_proj", f"mixer.{ours}_proj", outputs, width, layer=layer)
+        yield Line(f"{prefix}.gk_proj.0.weight", (rank, width), "mixer.decay_down", transposed, layer=layer)
+        yield Line(f"{prefix}.gk_proj.1.weight", (keys, rank), "mixer.decay_up", transposed, layer=layer)
+        yield Line(f"{prefix}.gk_proj.1.bias", (keys,), "mixer.decay_bias", layer=layer)
+        yield Line(
+            f"{prefix}.g_norm_swish_gate.weight", (values // options.num_heads,), "mixer.norm.scale", layer=layer
+        )
+        yield from linear(f"{prefix}.o_proj", "mixer.out_proj", width, values, layer=layer)
+
+
+FAMILY = Family("gla", "GLAForCausalLM", read, write, lines, ("gla",), renamed=fla.UNFUSED)

@@ -1,0 +1,174 @@
+"""Saves a model as `transformers` loads it: config.json and safetensors, in shards with an index above 5 GB."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lcr.checks import check_choice
+from lcr.data.tokenizers import Tokenizer
+from lcr.models.config import ModelConfig
+from lcr.models.decoder import Decoder
+from lcr.pretrained.families import FAMILIES
+from lcr.pretrained.family import Family
+from lcr.pretrained.fields import Fields
+from lcr.pretrained.load import FLOATS, INDEX
+from lcr.pretrained.safetensors import write_tensors
+from lcr.pretrained.tensors import Table
+from lcr.pretrained.tokenizer import FILES
+from lcr.pretrained.written_out import written_out
+
+SHARD_BYTES = 5_000_000_000
+KEPT = (  # fields that a model has not, but its checkpoint had
+    "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "context_length", "rescale_every",
+    "initializer_range", "use_cache", "attention_dropout", "tokenizer_class",
+)  # fmt: skip
+
+
+def save_model(
+    model: Decoder,
+    path: str | os.PathLike,
+    *,
+    tokenizer: Tokenizer | None = None,
+    family: str | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Writes `path`, a folder that `transformers` loads.
+
+    tokenizer: its files are copied, if it came from any. family: a `model_type` of `FAMILIES`; None: that of the
+        checkpoint which the model was loaded from, else the first whose form the model has. dtype: of the tensors;
+        None: that of the checkpoint it came from, else of the embedding.
+    overwrite: whether the folder may be there already; it is then replaced as a whole.
+
+    Everything is written to a folder beside it, which takes its name at the end: what was there stays until then.
+    Raises: FileExistsError for a folder that is there, without overwrite; ValueError for an unknown family or dtype,
+    and for a model that no family, or not this one, has the form of (naming what differs).
+    """
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target}: exists already; expected a new folder, or overwrite=True")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target}: is no folder")
+    source = getattr(model, "source", None)
+    if dtype is not None:
+        check_choice("dtype", dtype, FLOATS)
+    config = written_out(model.config)
+    if len(config.pattern) != len(model.config.pattern):
+        raise ValueError(f"mixers={model.config.mixers!r}: expected one name for layers that are alike")
+    fields, chosen = export_config(config, family or (source.family if source else None))
+    same = source is not None and source.family == chosen.model_type
+    if same:
+        fields = {name: value for name, value in json.loads(source.fields).items() if name in KEPT} | fields
+    table = Table(config, chosen.lines(config))
+    parameters = {p: v[...] for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    common = dtype or (source.dtype if source else parameters[("embedding",)].dtype.name)
+    dtypes = {name: jnp.dtype(common) for name in table.shapes}
+    if dtype is None and same:
+        dtypes |= {name: jnp.dtype(kind) for name, kind in source.dtypes}
+    fields |= {"model_type": chosen.model_type, "architectures": [chosen.architecture]}
+    fields |= {"dtype": common, "torch_dtype": common}  # by its newer and its older name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        write_shards(temporary, table, parameters, dtypes, shard_bytes)
+        copy_tokenizer(tokenizer, temporary)
+        replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export_config(config: ModelConfig, family: str | None) -> tuple[dict[str, Any], Family]:
+    """The config.json of a model written out, and the family whose form it has."""
+    if family is not None:
+        check_choice("family", family, FAMILIES)
+        return _as_family(config, FAMILIES[family]), FAMILIES[family]
+    reasons = []
+    for candidate in FAMILIES.values():
+        try:
+            return _as_family(config, candidate), candidate
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError("the model has the form of no family: " + "; ".join(reasons))
+
+
+def _as_family(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """config.json for a family, which must read it as the same model."""
+    mixers = {name.partition(":")[0] for name in config.mixers}
+    if not mixers <= set(family.mixers):
+        raise ValueError(f"{family.model_type} has layers of {' and '.join(family.mixers)}, the model of {mixers}")
+    try:
+        fields = family.write(config)
+        again = written_out(ModelConfig(**family.read(Fields(fields)), dtype=config.dtype, remat=config.remat))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{family.model_type}: {error}") from None
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(config, field.name), getattr(again, field.name)
+        if ours != theirs:
+            raise ValueError(f"{family.model_type} would have {field.name}={theirs!r} where the model has {ours!r}")
+    return fields
+
+
+def write_shards(
+    folder: Path, table: Table, parameters: Mapping[Any, Any], dtypes: Mapping[str, np.dtype], shard_bytes: int
+) -> None:
+    """model.safetensors, or shards of at most so many bytes (of one tensor at least) and their index."""
+    shards: list[dict[str, tuple[np.dtype, tuple[int, ...]]]] = [{}]
+    used = total = 0
+    for name, shape in table.shapes.items():
+        size = int(np.prod(shape)) * dtypes[name].itemsize
+        if shards[-1] and used + size > shard_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = dtypes[name], shape
+        used, total = used + size, total + size
+    arrays = {path: np.asarray(value) for path, value in parameters.items()}
+
+    def tensor(name: str) -> np.ndarray:
+        return table.export(name, arrays, dtypes[name])
+
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0], tensor)
+        return
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        write_tensors(folder / file, shard, tensor)
+    places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
+    source = getattr(tokenizer, "folder", None)
+    for name in [] if source is None else [*FILES, *(path.name for path in source.glob("rwkv_vocab*.txt"))]:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def replace(temporary: Path, target: Path) -> None:
+    """Gives the folder its name; what had it goes when nothing can fail any more."""
+    os.chmod(temporary, 0o755)
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / target.name
+    try:
+        os.rename(target, old)
+        os.rename(temporary, target)
+    except BaseException:  # Ctrl-C too
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old.parent, ignore_errors=True)

@@ -1,0 +1,141 @@
+"""Every family: equal to the implementation that wrote the checkpoint, in one call, in pieces and by the token; and
+exported as it came."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import lcr
+import numpy as np
+import pytest
+from flax import nnx
+from lcr.pretrained.families import FAMILIES
+from lcr.pretrained.load import load_model, open_files
+from lcr.pretrained.safetensors import write_tensors
+from lcr.pretrained.save import save_model
+from tolerances import assert_close
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pretrained"
+CASES = sorted(folder.name for folder in GOLDEN.iterdir())
+
+
+class Loaded:
+    """A golden checkpoint, loaded, and its programs."""
+
+    def __init__(self, name):
+        self.folder = GOLDEN / name
+        self.expected = dict(np.load(self.folder / "logits.npz"))
+        self.model = load_model(self.folder, progress=False)
+        graph, self.parameters = nnx.split(self.model)
+        self.call = jax.jit(lambda parameters, tokens, states: nnx.merge(graph, parameters)(tokens, states))
+
+    def __call__(self, tokens, states=None):
+        return self.call(self.parameters, jnp.asarray(tokens, jnp.int32), states)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def loaded(request):
+    return Loaded(request.param)
+
+
+def test_one_call(loaded):
+    for end in ("", "_long"):
+        logits, _ = loaded(loaded.expected[f"tokens{end}"])
+        at = loaded.expected[f"at{end}"]
+        assert_close(np.asarray(logits)[:, at], loaded.expected[f"logits{end}"], "pretrained")
+
+
+def test_uneven_pieces(loaded):
+    tokens = loaded.expected["tokens"]
+    states, parts = loaded.model.init_states(*tokens.shape), []
+    for piece in np.split(tokens, [1, 31], axis=1):
+        logits, states = loaded(piece, states)
+        parts.append(logits)
+    logits = np.concatenate(parts, axis=1)[:, loaded.expected["at"]]
+    assert_close(logits, loaded.expected["logits"], "pretrained")
+
+
+def test_token_by_token(loaded):
+    tokens = loaded.expected["tokens"]
+    states, parts = loaded.model.init_states(*tokens.shape), []
+    for t in range(tokens.shape[1]):
+        logits, states = loaded(tokens[:, t : t + 1], states)
+        parts.append(logits)
+    logits = np.concatenate(parts, axis=1)[:, loaded.expected["at"]]
+    assert_close(logits, loaded.expected["logits"], "pretrained")
+
+
+def test_export_is_the_source_bit_for_bit(loaded, tmp_path):
+    save_model(loaded.model, tmp_path / "out")
+    source, exported = open_files(loaded.folder), open_files(tmp_path / "out")
+    assert source.keys() == exported.keys()
+    for name, file in source.items():
+        ours, theirs = exported[name].tensor(name), file.tensor(name)
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+        assert ours.tobytes() == theirs.tobytes(), name
+    again = load_model(tmp_path / "out", progress=False)
+    assert again.config == loaded.model.config
+    # transformers tells 3 from 3.0
+    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (loaded.folder, tmp_path / "out"))
+    for name in theirs.keys() & ours.keys() - {"rope_parameters"}:
+        assert type(theirs[name]) is type(ours[name]) or None in (theirs[name], ours[name]), name
+
+
+def test_the_hubs_older_names_say_the_same(loaded, tmp_path):
+    """config.json as version 5 of transformers writes it, and as most checkpoints have it."""
+    if not (loaded.folder / "config.hub.json").exists():
+        pytest.skip("flash-linear-attention has one way to write it")
+    for file in loaded.folder.iterdir():
+        shutil.copy(file, tmp_path)
+    shutil.copy(loaded.folder / "config.hub.json", tmp_path / "config.json")
+    assert load_model(tmp_path, progress=False).config == loaded.model.config
+
+
+def test_generates(loaded):
+    prompt = jnp.asarray(loaded.expected["tokens"][:, :5], jnp.int32)
+    tokens, _ = lcr.generate(loaded.model, prompt, max_new_tokens=3)
+    assert tokens.shape == (2, 3)
+
+
+def test_every_family_has_a_case():
+    kinds = {json.loads((GOLDEN / case / "config.json").read_text())["model_type"] for case in CASES}
+    assert FAMILIES.keys() - kinds == {"qwen2"}  # see test_qwen2
+
+
+@pytest.mark.parametrize("null", ["null", "missing"])
+def test_qwen2(tmp_path, null):
+    """Qwen2 is Llama with biases on queries, keys and values: with biases of zero, as Llama's own; and from
+    max_window_layers on in a window, if it is said to use one."""
+    llama = Loaded("llama_gqa")
+    fields = json.loads((llama.folder / "config.hub.json").read_text()) | {"model_type": "qwen2"}
+    del fields["head_dim"]  # not a field of Qwen2
+    fields |= {"hidden_size": 96, "use_sliding_window": False} | ({"sliding_window": None} if null == "null" else {})
+    config = {"vocab_size": 131, "d_model": 96, "mixers": ("attention",) * 3, "d_ff": 77, "norm_epsilon": 1e-5}
+    heads = {"num_heads": 6, "num_kv_heads": 2, "rope_base": 5e5}
+    plain = lcr.make_model(config | {"mixer_options": {"attention": heads}}, rngs=nnx.Rngs(0))
+    save_model(plain, tmp_path / "llama", family="llama")
+    stored = open_files(tmp_path / "llama")
+    tensors = {name: file.tensor(name) for name, file in stored.items()}
+    for name in list(tensors):
+        if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
+            tensors[name.replace("weight", "bias")] = np.zeros(len(tensors[name]), np.float32)
+    folder = tmp_path / "qwen2"
+    folder.mkdir()
+    shapes = {name: (t.dtype, t.shape) for name, t in tensors.items()}
+    write_tensors(folder / "model.safetensors", shapes, tensors.__getitem__)
+    (folder / "config.json").write_text(json.dumps(fields))
+    tokens = jnp.asarray(llama.expected["tokens"], jnp.int32)
+    model = load_model(folder, progress=False)
+    np.testing.assert_array_equal(np.asarray(model(tokens)[0]), np.asarray(plain(tokens)[0]))
+    save_model(model, tmp_path / "again")
+    assert load_model(tmp_path / "again", progress=False).config == model.config
+
+    (folder / "config.json").write_text(
+        json.dumps(fields | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2})
+    )
+    windowed = load_model(folder, progress=False)
+    assert [windowed.config.mixer(name).window for name in windowed.config.mixers] == [None, None, 8]
+    save_model(windowed, tmp_path / "windowed")
+    assert load_model(tmp_path / "windowed", progress=False).config == windowed.config

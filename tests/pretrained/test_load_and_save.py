@@ -1,0 +1,256 @@
+"""Folders that are not what they should be; and that what was there stays until the new one is whole."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import lcr
+import numpy as np
+import pytest
+from flax import nnx
+from lcr.pretrained import save as saving
+from lcr.pretrained.load import INDEX, load_model, open_files
+from lcr.pretrained.safetensors import TensorFile, write_tensors
+from lcr.pretrained.save import save_model
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pretrained" / "llama_gqa"
+SHARD = 200_000
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return pathlib.Path(shutil.copytree(GOLDEN, tmp_path / "source"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(GOLDEN, progress=False)
+
+
+def change(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def rewrite(folder, edit):
+    """The folder's tensors after edit(tensors), a dictionary that it may change."""
+    path = folder / "model.safetensors"
+    file = TensorFile(path)
+    tensors = {name: file.tensor(name) for name in file.entries}
+    edit(tensors)
+    write_tensors(path, {name: (t.dtype, t.shape) for name, t in tensors.items()}, tensors.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "lama"}, "unknown model_type 'lama'. Did you mean 'llama'"),
+        ({"model_type": None}, "expected a JSON object with a 'model_type'"),
+        ({"hidden_act": "snake"}, "hidden_act='snake' is not supported; supported: silu, gelu"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0; expected a whole number of at least 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000; expected at most the 29 tensors"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers='3'; expected a whole number"),
+        ({"attention_bias": "no"}, "attention_bias='no'; expected true or false"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps='tiny'; expected a number"),
+        ({"num_key_value_heads": 4}, "num_kv_heads=4 does not divide num_heads=6"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral' is not supported here; supported: default"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\]; expected an object"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": [1]}}, r"rope_theta=\[1\]"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "expected the field 'factor' of 'linear' too"),
+    ],
+)
+def test_configurations_that_are_refused(folder, fields, message):
+    change(folder, **fields)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(folder, progress=False)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "missing: model.norm.weight"),
+        (lambda t: t.update(extra=np.zeros(3, np.float32)), "of no use to LlamaForCausalLM .*: extra"),
+        (
+            lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)}),
+            r"model.norm.weight has shape \(3,\), expected \(72,\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.zeros(72, np.int8)}),
+            "model.norm.weight is int8; expected one of float64, float32.*not quantised",
+        ),
+    ],
+)
+def test_tensors_that_are_not_as_they_should_be(folder, monkeypatch, edit, message):
+    rewrite(folder, edit)
+    monkeypatch.setattr("lcr.pretrained.load.allocate", lambda table: pytest.fail("allocated before all was checked"))
+    with pytest.raises(ValueError, match=message):
+        load_model(folder, progress=False)
+
+
+def test_tensors_that_say_nothing_are_passed_over(folder, model):
+    def edit(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # tied, and there all the same
+
+    rewrite(folder, edit)
+    same(load_model(folder, progress=False), model)
+
+
+def test_a_head_that_is_not_the_embedding(folder):
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(ValueError, match="lm_head.weight is not the embedding, although config.json says so"):
+        load_model(folder, progress=False)
+
+
+def same(a, b):
+    for x, y in zip(jax.tree.leaves(nnx.state(a)), jax.tree.leaves(nnx.state(b)), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_folders_without_a_checkpoint(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_model(tmp_path / "nowhere", progress=False)
+    with pytest.raises(FileNotFoundError, match="config.json: no such file"):
+        load_model(tmp_path, progress=False)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no model.safetensors and no model.safetensors.index.json"):
+        load_model(folder, progress=False)
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    with pytest.raises(ValueError, match="holds pytorch_model.bin and no safetensors.*save_pretrained"):
+        load_model(folder, progress=False)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: no JSON"):
+        load_model(folder, progress=False)
+
+
+def test_a_truncated_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors: it has .* it is truncated"):
+        load_model(folder, progress=False)
+
+
+def test_shards_with_an_index(tmp_path, model):
+    save_model(model, tmp_path / "out", shard_bytes=SHARD)
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert index["metadata"]["total_size"] == sum(
+        entry.end - entry.begin for file in files for entry in TensorFile(tmp_path / "out" / file).entries.values()
+    )
+    assert open_files(tmp_path / "out").keys() == open_files(GOLDEN).keys()
+    same(load_model(tmp_path / "out", progress=False), model)
+
+
+@pytest.mark.parametrize("name", ["../source/model.safetensors", "/etc/passwd", "..", "", "a/../b", "sub\\x"])
+def test_an_index_that_leads_out_of_its_folder(tmp_path, model, name):
+    folder = tmp_path / "out"
+    save_model(model, folder, shard_bytes=SHARD)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="expected the name of one in the same folder"):
+        load_model(folder, progress=False)
+
+
+def test_an_index_that_is_wrong(tmp_path, model):
+    folder = tmp_path / "out"
+    save_model(model, folder, shard_bytes=SHARD)
+    index = json.loads((folder / INDEX).read_text())
+    first, second = sorted(set(index["weight_map"].values()))[:2]
+    name = next(name for name, file in index["weight_map"].items() if file == first)
+    (folder / INDEX).write_text(json.dumps(index | {"weight_map": index["weight_map"] | {name: second}}))
+    with pytest.raises(ValueError, match=f"{name} not in the files"):
+        load_model(folder, progress=False)
+    (folder / INDEX).write_text(json.dumps({"weight_map": 3}))
+    with pytest.raises(ValueError, match="expected a JSON object with a 'weight_map'"):
+        load_model(folder, progress=False)
+    (folder / INDEX).write_text(json.dumps(index))
+    (folder / first).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{first}: no such file, but"):
+        load_model(folder, progress=False)
+
+
+def test_bfloat16_in_and_out(tmp_path, model):
+    """A bfloat16 checkpoint is computed with in bfloat16, and exported as it came."""
+    save_model(model, tmp_path / "half", dtype="bfloat16")
+    half = load_model(tmp_path / "half", progress=False)
+    assert half.config.dtype == "bfloat16" and half.embedding.dtype == jnp.bfloat16
+    assert half.final_norm.scale.dtype == jnp.float32  # small, and held exactly
+    save_model(half, tmp_path / "again")
+    for name, file in open_files(tmp_path / "half").items():
+        assert file.tensor(name).tobytes() == open_files(tmp_path / "again")[name].tensor(name).tobytes()
+    logits, _ = half(jnp.ones((1, 3), jnp.int32))
+    assert logits.dtype == jnp.float32
+
+
+def test_a_folder_that_is_there_is_replaced_whole_or_not_at_all(tmp_path, model, monkeypatch):
+    target = tmp_path / "out"
+    save_model(model, target)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    with pytest.raises(FileExistsError, match="exists already; expected a new folder, or overwrite=True"):
+        save_model(model, target)
+
+    def fail(*arguments):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_tensors", fail)
+        with pytest.raises(OSError, match="the disk is full"):
+            save_model(model, target, overwrite=True)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left beside it"
+    (target / "stale").write_text("of an older export")
+    save_model(model, target, overwrite=True)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("config", "model_type"),
+    [
+        ({"mixers": ("mha", "mha")}, "llama"),
+        ({"mixers": ("gqa",), "mixer_options": {"gqa": {"window": 3}}}, "mistral"),
+        ({"mixers": ("mqa",), "feed_forward": "moe"}, "mixtral"),
+        (
+            {
+                "mixers": ("mla", "mla"),
+                "feed_forward": ("swiglu", "moe"),
+                "feed_forward_options": {"moe": {"normalize": False}},
+            },
+            "deepseek_v2",
+        ),
+        ({"mixers": ("mamba",), "d_ff": 0}, "mamba"),
+        ({"mixers": ("mamba2",), "d_ff": 0}, "mamba2"),
+        ({**lcr.hybrid("jamba", num_layers=8, num_experts=4, d_expert=96), "norm_epsilon": 1e-6}, "jamba"),
+        ({"mixers": ("gla",)}, "gla"),
+        ({"mixers": ("deltanet",)}, "delta_net"),
+        ({"mixers": ("gated_deltanet",)}, "gated_deltanet"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_models_of_our_own_go_out(tmp_path, config, model_type):
+    """A model that was made here, by its defaults, has the form of a family; what comes back computes the same."""
+    model = lcr.make_model({"vocab_size": 11, "d_model": 32, **config}, rngs=nnx.Rngs(0))
+    save_model(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == model_type
+    tokens = jnp.asarray([[1, 2, 3, 4]])
+    again = load_model(tmp_path / "out", progress=False)
+    np.testing.assert_array_equal(np.asarray(again(tokens)[0]), np.asarray(model(tokens)[0]))
+
+
+def test_models_that_no_family_has_the_form_of(tmp_path):
+    model = lcr.make_model({"vocab_size": 9, "d_model": 16, "mixers": ("mamba", "mha")}, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="the model has the form of no family: llama"):
+        save_model(model, tmp_path / "out")
+    with pytest.raises(ValueError, match="family: unknown value 'lama'. Did you mean 'llama'"):
+        save_model(model, tmp_path / "out", family="lama")
+    assert not list(tmp_path.iterdir())
+
+
+def test_fields_that_nothing_is_made_of_are_told(folder, caplog):
+    change(folder, rope_thetta=3.0)
+    load_model(folder, progress=False)
+    assert "no use was made of rope_thetta" in caplog.text
