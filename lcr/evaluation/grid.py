@@ -116,8 +116,11 @@ def subject_from_config(config: ConfigDict, step: int) -> Subject:
 
 
 def configuration_digest(config: ConfigDict) -> str:
-    """Twelve hex digits that differ where two runs were trained differently: of model, task, data, optimizer, seed."""
+    """Twelve hex digits that differ where two runs were trained differently: of model, task, data, optimizer, seed, and
+    what it began from."""
     plain = {key: value for key, value in config.to_dict().items() if key not in ("name", "training", "evaluation")}
+    if plain.get("init_from") is None:
+        plain.pop("init_from", None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -4,10 +4,11 @@
     config.optimizer.learning_rate = 2e-3
     check_config(config)                         # raises ConfigError naming key, value, what was expected, the remedy
 
-The sections: `model` (what `lcr.ModelConfig` takes, but the vocabulary, which is the tokenizer's, and norm_epsilon),
-`task` (`name` and that task's options), `data`, `optimizer`, `training`, `evaluation`.
+The sections: `model` (what `lcr.ModelConfig` takes, of which a file may add what has no key here; the vocabulary is the
+tokenizer's unless it is given), `task` (`name` and that task's options), `data`, `optimizer`, `training`, `evaluation`.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ def default_config(task: Mapping[str, Any] | None = None) -> ConfigDict:
         {
             "name": "mamba",  # the architecture's label in results and plots
             "seed": 0,
+            "init_from": config_dict.placeholder(str),  # a checkpoint, or a run, whose parameters are the first ones
             "model": {
                 "d_model": 64,
                 "mixers": ("mamba", "mamba"),
@@ -134,6 +136,7 @@ LENGTHS: Rule = (all_of(is_positive_integer), "at least one length, each an inte
 RULES: dict[str, Rule] = {
     "name": TEXT,
     "seed": NATURAL,
+    "init_from": (lambda value: value is None or TEXT[0](value), "None, or a checkpoint's folder"),
     "model.d_model": POSITIVE_INTEGER,
     "model.mixers": (all_of(TEXT[0]), 'at least one mixer\'s name, such as ("mamba", "mamba")'),
     "model.d_ff": (lambda value: value is None or is_natural(value), "None, or an integer, 0 or above"),
@@ -192,11 +195,13 @@ def in_open_section(key: str) -> bool:
 
 def check_keys(config: ConfigDict) -> None:
     """Every key is known, none is missing, and every value is of the right kind. Raises ConfigError."""
-    flat = flatten(config)
-    for key in flat:
-        if key not in RULES and not in_open_section(key):
-            from lcr.checks import unknown_name  # it imports JAX, which the program's --help must not
+    from lcr.checks import unknown_name  # it imports JAX, which the program's --help must not
+    from lcr.models.config import ModelConfig
 
+    flat = flatten(config)
+    of_model = {f"model.{field.name}" for field in dataclasses.fields(ModelConfig)}
+    for key in flat:
+        if key not in RULES and key not in of_model and not in_open_section(key):
             raise ConfigError(unknown_name("configuration key", key, RULES))
     for key, (holds, expected) in RULES.items():
         if key not in flat:
@@ -245,6 +250,13 @@ def check_config(config: ConfigDict) -> None:
                     f"at least {task.min_length()} tokens, answer included; leave out shorter lengths"
                 )
     make_abstract_model(config, task.tokenizer.vocab_size)
+    if config.init_from is not None:
+        from lcr.pretrained.start import model_section
+
+        try:
+            model_section(config.init_from)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
 
 
 def to_plain(config: ConfigDict) -> dict[str, Any]:
@@ -260,7 +272,7 @@ def from_plain(plain: Mapping[str, Any]) -> ConfigDict:
             return {key: restore(item) for key, item in value.items()}
         return tuple(restore(item) for item in value) if isinstance(value, list) else value
 
-    return ConfigDict(restore(plain)).lock()
+    return ConfigDict(restore({"init_from": None, **plain})).lock()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -69,7 +69,7 @@ def read_plain(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is damaged ({error}); {mend}") from error
     if not isinstance(plain, dict):
         raise ConfigError(f"{path} is damaged (expected a JSON object, found {type(plain).__name__}); {mend}")
-    return plain
+    return {"init_from": None, **plain}  # which runs of before do not have
 
 
 def choose_step(workdir: Path, step: int | None) -> int:
@@ -107,7 +107,7 @@ def make_run_task(config: ConfigDict) -> Any:
 
 def make_run_model(config: ConfigDict, vocab_size: int) -> nnx.Module:
     """The freshly initialised model of a configuration, from its seed."""
-    return lcr.make_model({**config.model.to_dict(), "vocab_size": vocab_size}, rngs=nnx.Rngs(config.seed))
+    return lcr.make_model({"vocab_size": vocab_size, **config.model.to_dict()}, rngs=nnx.Rngs(config.seed))
 
 
 def make_abstract_model(config: ConfigDict, vocab_size: int) -> nnx.Module:

@@ -1,8 +1,6 @@
 """The programs, called as from a shell but in this process, on a model that compiles in a moment."""
 
 import json
-import logging
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +8,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
 from flax import nnx
 
 import lcr
+
+from tests.experiments.calling import call_program
 
 SWEEP = """
 from lcr.training.config import default_config
@@ -60,40 +59,14 @@ class Toy(nnx.Module):
 
 @pytest.fixture(scope="module")
 def call():
-    """call(program, *arguments) -> exit code; leaves flags, logging and arguments as they were."""
+    """call(program, *arguments) -> exit code, with models that compile in a moment."""
 
     def run_program(program, *arguments):
-        script = f"experiments/{program}.py"
-        imported = programs_flags()  # of programs that other tests imported: two programs share names
-        for name in imported:
-            delattr(flags.FLAGS, name)
-        root = logging.getLogger()
-        handlers, level = list(root.handlers), root.level
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [script, *arguments])
             patch.setattr(lcr, "make_model", Toy)
-            try:
-                runpy.run_module(f"experiments.{program}", run_name="__main__", alter_sys=True)
-                raise AssertionError("a program ends by sys.exit")
-            except SystemExit as end:
-                return end.code or 0
-            finally:
-                root.handlers[:] = handlers
-                root.setLevel(level)
-                for name in list(flags.FLAGS):
-                    if flags.FLAGS.find_module_defining_flag(name).endswith(script):
-                        delattr(flags.FLAGS, name)
-                for name, (flag, module) in imported.items():
-                    flags.DEFINE_flag(flag, module_name=module)
-                flags.FLAGS.unparse_flags()
+            return call_program(program, *arguments)
 
     return run_program
-
-
-def programs_flags():
-    """{name: (flag, module)} of the flags that modules of `experiments` have defined in this process."""
-    defined = {name: flags.FLAGS.find_module_defining_flag(name) for name in flags.FLAGS}
-    return {name: (flags.FLAGS[name], m) for name, m in defined.items() if str(m).startswith("experiments.")}
 
 
 @pytest.fixture(scope="module")
