@@ -20,6 +20,7 @@ from jaxtyping import Int32, Integer
 
 from lcr.checks import check_whole
 from lcr.mixers.interface import state_bytes
+from lcr.models.token_loop import write
 from lcr.typing import Array, Float, Int
 
 NOT_FINITE = -1  # stands for the token where the logits have NaN or infinity: never a right answer
@@ -56,15 +57,8 @@ class Streamer:
 
         def decode(parameters, states, token, steps):
             model = nnx.merge(self._graph, parameters)
-
-            def step(carry, _):
-                token, states = carry
-                logits, states = model(token[:, None], states)
-                token = greedy(logits)
-                return (token, states), token
-
-            (_, states), following = jax.lax.scan(step, (token, states), length=steps)
-            return jnp.concatenate([token[None], following]).T, states
+            keys = jnp.zeros((steps, 0))  # nothing is drawn
+            return write(model, token, states, lambda logits, _: greedy(logits), keys)
 
         self._read = jax.jit(read, donate_argnames="states")
         self._decode = jax.jit(decode, static_argnames="steps", donate_argnames="states")

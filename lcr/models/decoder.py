@@ -139,11 +139,14 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             self.head = nnx.Param(std * jax.random.normal(rngs.params(), (config.vocab_size, config.d_model)))
 
+    def group(self, repetition: int) -> Group:
+        """One repetition of the pattern, taken out of the stack."""
+        graph, parameters = nnx.split(self.groups)
+        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[repetition], parameters))
+
     def init_states(self, batch: int, capacity: int, dtype: Any = None) -> State:
         """Empty states for every layer. capacity: tokens that a growing cache must hold (see `Mixer.init_state`)."""
-        graph, parameters = nnx.split(self.groups)
-        one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], parameters))
-        states = tuple(block.init_state(batch, capacity, dtype) for block in one.blocks)
+        states = tuple(block.init_state(batch, capacity, dtype) for block in self.group(0).blocks)
         return jax.tree.map(lambda leaf: jnp.tile(leaf[None], (self.repetitions,) + (1,) * leaf.ndim), states)
 
     def __call__(
@@ -177,12 +180,7 @@ class Decoder(nnx.Module):
         check_segment_ids(segment_ids, tokens, "tokens")
         if states is not None:
             self._check_states(states, tokens.shape[0])
-        dtype = jnp.dtype(self.config.dtype)
-        x = self.embedding[...].astype(dtype)[tokens]
-        if self.config.embedding_scale != 1:
-            x = x * jnp.asarray(self.config.embedding_scale, dtype)
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
+        x = self.embed(tokens)
         graph, parameters = nnx.split(self.groups)
 
         def group(carry, layer):
@@ -191,17 +189,37 @@ class Decoder(nnx.Module):
             x, states, routings, first_values = one(x, states, segment_ids, first_values, is_first)
             return (x, first_values), (states, routings)
 
-        carry = (x, self._no_values(graph, parameters, x))
+        carry = (x, self.no_values(x))
         layers = (parameters, states, jnp.arange(self.repetitions) == 0)
         (x, _), (states, routings) = jax.lax.scan(_remat(group, self.config.remat), carry, layers)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
+        return self.logits(x), states, routings
+
+    def embed(self, tokens: Tokens) -> Activations:
+        """What the first layer is given."""
+        dtype = jnp.dtype(self.config.dtype)
+        x = self.embedding[...].astype(dtype)[tokens]
+        if self.config.embedding_scale != 1:
+            x = x * jnp.asarray(self.config.embedding_scale, dtype)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def logits(self, x: Activations) -> Float[Array, "B P vocab"]:
+        """What is made of the last layer's output."""
         x = self.final_norm(x)
-        output = self.embedding if self.config.tie_embeddings else self.head
-        logits = jnp.einsum("bpd,vd->bpv", x, output[...].astype(dtype), preferred_element_type=jnp.float32)
+        output = (self.embedding if self.config.tie_embeddings else self.head)[...].astype(x.dtype)
+        logits = jnp.einsum("bpd,vd->bpv", x, output, preferred_element_type=jnp.float32)
         if self.config.logit_soft_cap is not None:
             logits = self.config.logit_soft_cap * jnp.tanh(logits / self.config.logit_soft_cap)
-        return logits, states, routings
+        return logits
+
+    def no_values(self, x: Activations) -> Activations | None:
+        """Zeros where the values to be handed on will stand; None if no mixer hands any on."""
+        one = self.group(0)
+        if one.first_to_hand_on is None:
+            return None
+        like = jax.eval_shape(lambda x: one.blocks[one.first_to_hand_on].values(x, None, None), x)
+        return jnp.zeros(like.shape, like.dtype)
 
     def _check_states(self, states: State, batch: int) -> None:
         if any(leaf.shape[:1] != (self.repetitions,) for leaf in jax.tree.leaves(states)):
@@ -211,14 +229,6 @@ class Decoder(nnx.Module):
                 f"which repeats its pattern {self.repetitions} times"
             )
         check_state("states", states, functools.partial(self.init_states, batch), f"tokens have {batch} rows", 1)
-
-    def _no_values(self, graph, parameters, x: Activations) -> Activations | None:
-        """Zeros where the values to be handed on will stand; None if no mixer hands any on."""
-        one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], parameters))
-        if one.first_to_hand_on is None:
-            return None
-        like = jax.eval_shape(lambda x: one.blocks[one.first_to_hand_on].values(x, None, None), x)
-        return jnp.zeros(like.shape, like.dtype)
 
 
 def _remat(body, policy: str):

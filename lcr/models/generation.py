@@ -8,6 +8,7 @@ from flax import nnx
 
 from lcr.checks import check_whole, is_number
 from lcr.models.decoder import Decoder
+from lcr.models.token_loop import write
 from lcr.typing import Array, Int, SegmentIds, State, Tokens
 
 
@@ -65,12 +66,6 @@ def _generate(graph, parameters, prompt, key, states, segment_ids, max_new_token
 
     logits, states = model(prompt, states, segment_ids, logits_at=last)
 
-    def step(carry, key):
-        states, token = carry
-        logits, states = model(token[:, None], states)
-        token_after = choose(logits, key)
-        return (states, token_after), token
-
     keys = jax.random.split(key, max_new_tokens + 1)
-    (states, _), tokens = jax.lax.scan(step, (states, choose(logits, keys[0])), keys[1:])
-    return tokens.T, states
+    tokens, states = write(model, choose(logits, keys[0]), states, choose, keys[1:])
+    return tokens[:, :-1], states

@@ -92,6 +92,21 @@ def test_no_token_is_dropped_though_all_choose_the_same_experts():
     assert sorted(np.asarray(routing.load).tolist())[-1] >= 0.25
 
 
+def test_few_tokens_take_another_way_to_the_same_end():
+    """2 tokens with 2 choices of 5 experts: on a CPU they go through them one by one."""
+    moe, x = build(), activations(length=1)
+    assert_close(run(moe, x)[0], by_hand(moe, x), "float32")
+    flat, arrays = x.reshape(2, WIDTH), (moe.gate_up[...], moe.down[...])
+    chosen, weights = jnp.asarray([[0, 3], [3, 1]]), jnp.asarray([[0.2, 0.9], [0.4, 0.3]], jnp.float32)
+
+    def squares(way, x, weights, *arrays):
+        return (way(x, chosen, weights, *arrays) ** 2).sum()
+
+    ways = [jax.jit(jax.value_and_grad(functools.partial(squares, way), argnums=(0, 1, 2, 3)))
+            for way in (moe.one_by_one, moe.sorted_by_expert)]  # fmt: skip
+    assert_close(*(way(flat, weights, *arrays) for way in ways), "float32")
+
+
 def test_padding_is_zero_and_counts_nowhere():
     moe = build(z_weight=0.1)
     x = activations()

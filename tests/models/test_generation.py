@@ -6,6 +6,7 @@ import lcr
 import numpy as np
 import pytest
 from flax import nnx
+from tolerances import assert_close
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,25 @@ def test_greedy_equals_decoding_without_a_state(model, prompt):
     generated, _ = lcr.generate(model, prompt, max_new_tokens=4)
     assert generated.dtype == jnp.int32
     np.testing.assert_array_equal(generated, by_hand(model, prompt, 4))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixers": ("rwkv7",) * 3, "mixer_options": {"rwkv7": {"num_heads": 2}}, "embedding_norm": True},
+        {"mixers": ("mamba", "gqa") * 2, "feed_forward": ("none", "moe") * 2, "logit_soft_cap": 3.0,
+         "feed_forward_options": {"moe": {"num_experts": 4}}, "embedding_scale": 2.0},
+    ],
+    ids=["values of the first layer", "repeated pattern"],
+)  # fmt: skip
+def test_layer_by_layer_equals_the_scan_over_layers(options, prompt):
+    model = lcr.make_model({"vocab_size": 31, "d_model": 16, **options}, rngs=nnx.Rngs(0))
+    tokens, states = lcr.generate(model, prompt, max_new_tokens=3)
+    logits, expected = run(model, prompt, model.init_states(2, 12))
+    for i in range(3):
+        np.testing.assert_array_equal(tokens[:, i], np.argmax(logits[:, -1], -1))
+        logits, expected = run(model, tokens[:, i : i + 1], expected)
+    assert_close(states, expected, "float32")
 
 
 def test_goes_on_from_a_state(model, prompt):
