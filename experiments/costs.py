@@ -135,17 +135,16 @@ def decoding(model, vocabulary: int, *, constant: bool) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
     from flax import nnx
+    from lcr.models.token_loop import write
 
     graph, parameters = nnx.split(model)
 
     @jax.jit
     def decode(parameters, states, token):
-        def step(carry, _):
-            states, token = carry
-            logits, states = nnx.merge(graph, parameters)(token, states)
-            return (states, jnp.argmax(logits, axis=-1).astype(jnp.int32)), None
+        def choose(logits, _):
+            return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
 
-        return jax.lax.scan(step, (states, token), None, length=DECODED)[0]
+        return write(nnx.merge(graph, parameters), token, states, choose, jnp.zeros((DECODED, 0)))
 
     @functools.partial(jax.jit, static_argnames="times")
     def read(parameters, tokens, states, times):
@@ -162,7 +161,7 @@ def decoding(model, vocabulary: int, *, constant: bool) -> dict[str, Any]:
     for repeat in range(REPEATS.value + 1):
         for name, states in held.items():
             start = time.perf_counter()
-            jax.block_until_ready(decode(parameters, states, tokens[:, :1]))
+            jax.block_until_ready(decode(parameters, states, tokens[:, 0]))
             if repeat:  # the first compiles
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times) for name, times in seconds.items()}

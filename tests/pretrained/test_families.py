@@ -101,13 +101,12 @@ def test_generates(loaded):
 
 def test_every_family_has_a_case():
     kinds = {json.loads((GOLDEN / case / "config.json").read_text())["model_type"] for case in CASES}
-    assert FAMILIES.keys() - kinds == {"qwen2"}  # see test_qwen2
+    assert FAMILIES.keys() == kinds
 
 
 @pytest.mark.parametrize("null", ["null", "missing"])
-def test_qwen2(tmp_path, null):
-    """Qwen2 is Llama with biases on queries, keys and values: with biases of zero, as Llama's own; and from
-    max_window_layers on in a window, if it is said to use one."""
+def test_qwen2_without_windows_and_with_them(tmp_path, null):
+    """With biases of zero and no window it is Llama; from max_window_layers on in a window, if it is said to use one."""
     llama = Loaded("llama_gqa")
     fields = json.loads((llama.folder / "config.hub.json").read_text()) | {"model_type": "qwen2"}
     del fields["head_dim"]  # not a field of Qwen2

@@ -70,6 +70,13 @@ def test_training_begins_where_the_checkpoint_is(tmp_path):
         np.testing.assert_allclose(ours[name], array, atol=1e-6, err_msg=name)
 
 
+def test_a_tokenizer_too_large_for_the_checkpoint_is_an_error(tmp_path):
+    config = get_config(f"{LLAMA},text")  # 131 tokens, no tokenizer of its own: bytes
+    with pytest.raises(ConfigError, match=r"task.tokenizer='bytes': it has 257 tokens, the model 131"):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_swapped_mixer_is_drawn_and_the_rest_is_kept(caplog):
     config = get_config(str(LLAMA))
     layers = len(config.model.mixers)
