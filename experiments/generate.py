@@ -45,6 +45,11 @@ def main() -> None:
     eos = getattr(tokenizer, "eos", None)
     if not ids.size:
         fail("the prompt is empty: expected at least one token")
+    if ids.max() >= model.config.vocab_size:
+        fail(
+            f"--prompt: the {tokenizer.name!r} tokenizer gives the id {ids.max()}, the model has {model.config.vocab_size} "
+            "tokens; expected the files of the model's own tokenizer beside it"
+        )
     start = time.perf_counter()
     tokens, _ = lcr.generate(
         model,
@@ -56,7 +61,11 @@ def main() -> None:
     written = np.asarray(tokens)[0]
     if eos is not None and (ends := np.flatnonzero(written == eos)).size:
         written = written[: ends[0]]
-    print(tokenizer.decode(written))
+    # many models have more rows than their tokenizer has tokens
+    known = written[written < tokenizer.vocab_size]
+    print(tokenizer.decode(known))
+    if known.size < written.size:
+        print(f"{written.size - known.size} ids left out, which the tokenizer does not have", file=sys.stderr)
     seconds = time.perf_counter() - start
     print(f"{ids.size} tokens read, {written.size} written in {seconds:.1f} s, compiling included", file=sys.stderr)
 

@@ -2,11 +2,9 @@
 
 import os
 
-import jax
-
 from lcr.data.tokenizers import Tokenizer
 from lcr.models.decoder import Decoder
-from lcr.pretrained.load import is_run, load_model
+from lcr.pretrained.load import Shardings, is_run, load_model
 from lcr.pretrained.save import save_model
 from lcr.pretrained.tokenizer import load_tokenizer
 
@@ -15,7 +13,7 @@ def load_pretrained(
     path: str | os.PathLike,
     *,
     dtype: str | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: Shardings | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, Tokenizer]:
     """`(model, tokenizer)` of a Hugging Face folder, an RWKV-7 .pth file of its author, or a run of this project.

@@ -64,7 +64,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "query_pre_attn_scalar": _whole(options.scale or options.head_dim**-0.5),
         "attn_logit_softcapping": optional_float(options.soft_cap),
         "final_logit_softcapping": optional_float(config.logit_soft_cap),
-        "sliding_window": max(windows, default=None),
+        "sliding_window": max(windows, default=4096),  # transformers wants one even where no layer has it
         "layer_types": write_kinds(config),
         "hidden_activation": activation_name(feed_forward.get("activation", "silu")),
     }  # fmt: skip

@@ -38,7 +38,18 @@ def write(config: ModelConfig) -> dict[str, Any]:
             fields |= write_rope(options)
         else:
             fields["rope_local_base_freq"] = options.rope_base
+            if options.rope_scaling is not None:  # which no older field has room for
+                fields["rope_parameters"] = {"sliding_attention": _parameters(options)}
+    if "rope_parameters" in fields:
+        full = next((config.mixer(name) for name in config.mixers if config.mixer(name).window is None), None)
+        if full is not None:
+            fields["rope_parameters"]["full_attention"] = _parameters(full)
     return fields
+
+
+def _parameters(options: Any) -> dict[str, Any]:
+    written = write_rope(options)
+    return {"rope_theta": written["rope_theta"], **(written["rope_scaling"] or {"rope_type": "default"})}
 
 
 FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", read, write, gemma2.lines)

@@ -31,6 +31,7 @@ from lcr.pretrained.tensors import Path as ParameterPath
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("float64", "float32", "float16", "bfloat16")
+Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 class Stored(NamedTuple):
@@ -66,14 +67,16 @@ def load_model(
     path: str | os.PathLike,
     *,
     dtype: str | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: Shardings | None = None,
     progress: bool = True,
 ) -> Decoder:
     """The model of a checkpoint: a folder with config.json and safetensors, or an RWKV-7 in its author's .pth file.
 
-    dtype: of the compute and of the matrices, "float32" or "bfloat16"; None: the checkpoint's (float32 for float16).
-        Norms, biases, decays and gates are float32 whatever it is, as in every model here.
-    sharding: of all parameters; None: the default device. progress: whether to show a bar.
+    dtype: of the compute and of the matrices, "float32" or "bfloat16"; None: the checkpoint's (float32 for float16),
+        where matrices that it has in float32 beside others in bfloat16 stay so. Norms, biases, decays and gates are
+        float32 whatever it is, as in every model here.
+    sharding: of all parameters, or a function that gives the sharding of one by its dotted name and shape; None: the
+        default device. progress: whether to show a bar.
 
     Tensors are read by memory map, one at a time, straight into parameters of the target dtype: host memory holds
     these and one tensor.
@@ -85,15 +88,16 @@ def load_model(
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
     checkpoint = open_checkpoint(path, dtype)
-    table = make_table(checkpoint)
-    arrays, stored = allocate(table), checkpoint.stored
+    table, stored = make_table(checkpoint), checkpoint.stored
+    shardings = check_shardings(sharding, table)
+    arrays = allocate(table, wide_parameters(table, stored) if dtype is None else set())
     total = sum(stored_bytes(stored[name]) for name in table.shapes)
     label = f"loading {checkpoint.where.name}"
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=not progress) as bar:
         for name in table.shapes:
             table.load(name, stored[name].read(), arrays)
             bar.update(stored_bytes(stored[name]))
-    model = assemble(table, arrays, sharding)
+    model = assemble(table, arrays, shardings)
     kinds = {name: stored[name].entry.dtype.name for name in table.shapes}
     common = common_dtype(stored)
     model.source = Source(
@@ -106,7 +110,15 @@ def load_model(
 
 
 def open_checkpoint(path: str | os.PathLike, dtype: str | None) -> Checkpoint:
-    return open_pth(Path(path), dtype) if Path(path).suffix == ".pth" else open_folder(Path(path), dtype)
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path={path!r}: expected the name of a folder, or of an RWKV-7's .pth file")
+    path = Path(path)
+    if path.suffix == ".pth":
+        return open_pth(path, dtype)
+    if path.is_file():
+        refuse_pickles(path, [path.name] if path.suffix in (".bin", ".pt") else [])
+        raise ValueError(f"{path}: is a file; expected the folder that it is in")
+    return open_folder(path, dtype)
 
 
 def read_checkpoint_config(path: str | os.PathLike, dtype: str | None = None) -> ModelConfig:
@@ -118,7 +130,7 @@ def read_checkpoint_config(path: str | os.PathLike, dtype: str | None = None) ->
 
 def is_run(path: str | os.PathLike) -> bool:
     """Whether a folder is a run of this project."""
-    return (Path(path) / "checkpoints").is_dir() and not any(Path(path).glob("*.safetensors*"))
+    return isinstance(path, (str, os.PathLike)) and (Path(path) / "checkpoints").is_dir() and not any(Path(path).glob("*.safetensors*"))
 
 
 def open_folder(folder: Path, dtype: str | None) -> Checkpoint:
@@ -193,21 +205,32 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Family]:
 
 
 def open_files(folder: Path) -> dict[str, TensorFile]:
-    """Which file of the folder holds each tensor, by the index or the one file's header."""
+    """Which file of the folder holds each tensor: by the index, or by the headers of model.safetensors, of its shards,
+    or of whatever safetensors are there."""
     if (folder / INDEX).exists():
         return _indexed(folder)
-    single = folder / "model.safetensors"
-    if single.exists():
-        file = TensorFile(single)
-        return dict.fromkeys(file.entries, file)
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in folder.glob(pattern))
+    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    single = [path for path in found if path.name == "model.safetensors"]
+    shards = [path for path in found if re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name)]
+    files: dict[str, TensorFile] = {}
+    for path in single or shards or found:
+        file = TensorFile(path)
+        if twice := files.keys() & file.entries.keys():
+            raise ValueError(f"{folder}: {_listed(sorted(twice))} in more than one file; expected {INDEX} to say in which")
+        files |= dict.fromkeys(file.entries, file)
+    if not found:
+        refuse_pickles(folder, sorted(f.name for pattern in ("*.bin", "*.pth", "*.pt") for f in folder.glob(pattern)))
+        raise FileNotFoundError(f"{folder}: no *.safetensors and no {INDEX}")
+    return files
+
+
+def refuse_pickles(where: Path, pickles: list[str]) -> None:
     if pickles:
         raise ValueError(
-            f"{folder}: holds {', '.join(pickles)} and no safetensors. Such files are pickles, which can run code of "
+            f"{where}: holds {', '.join(pickles)} and no safetensors. Such files are pickles, which can run code of "
             "their author when they are read, so they are not. Where you trust them, convert the folder once with "
             "transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(another)"
         )
-    raise FileNotFoundError(f"{folder}: no model.safetensors and no {INDEX}")
 
 
 def _indexed(folder: Path) -> dict[str, TensorFile]:
@@ -276,9 +299,41 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def allocate(table: Table) -> dict[ParameterPath, np.ndarray]:
-    """Arrays for the parameters, which JAX can take over on a CPU as they lie; empty, but for what no tensor is for."""
-    arrays = {path: _aligned(p.shape, parameter_dtype(path, p, table.config)) for path, p in table.parameters.items()}
+def wide_parameters(table: Table, stored: Mapping[str, Stored]) -> set[ParameterPath]:
+    """The parameters of which a tensor is stored in float32 (or float64)."""
+    wide = [name for name in table.shapes if stored[name].entry.dtype.itemsize >= 4]
+    return {path for name in wide for _, path, _ in table.lines[name]}
+
+
+def check_shardings(
+    sharding: Shardings | None, table: Table
+) -> Callable[[ParameterPath], jax.sharding.Sharding | None]:
+    """The sharding of a parameter by its path. Raises ValueError for one that does not fit its parameter."""
+    of_all = isinstance(sharding, jax.sharding.Sharding)
+    if sharding is None:
+        return lambda path: None
+    if not of_all and not callable(sharding):
+        raise ValueError(f"sharding={sharding!r}: expected a jax.sharding.Sharding, or a function of a name and a shape")
+    chosen = {}
+    for path, parameter in table.parameters.items():
+        name = ".".join(map(str, path))
+        chosen[path] = sharding if of_all else sharding(name, parameter.shape)
+        try:
+            chosen[path].shard_shape(parameter.shape)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"sharding of {name} {parameter.shape}: {error}") from None
+    return chosen.__getitem__
+
+
+def allocate(table: Table, wide: set[ParameterPath]) -> dict[ParameterPath, np.ndarray]:
+    """Arrays for the parameters, which JAX can take over on a CPU as they lie; empty, but for what no tensor is for.
+
+    wide: which are float32 whatever the dtype of the compute.
+    """
+    arrays = {}
+    for path, parameter in table.parameters.items():
+        dtype = np.dtype(np.float32) if path in wide else parameter_dtype(path, parameter, table.config)
+        arrays[path] = _aligned(parameter.shape, dtype)
     for path, repetition in table.unused:
         arrays[path][... if repetition is None else repetition] = 0
     return arrays
@@ -297,11 +352,15 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np
     return bytes_[start : start + size].view(dtype).reshape(shape)
 
 
-def assemble(table: Table, arrays: dict[ParameterPath, np.ndarray], sharding: jax.sharding.Sharding | None) -> Decoder:
+def assemble(
+    table: Table,
+    arrays: dict[ParameterPath, np.ndarray],
+    shardings: Callable[[ParameterPath], jax.sharding.Sharding | None],
+) -> Decoder:
     """The model of these parameters, each handed over to JAX as it is reached."""
     state = []
     for path, parameter in table.parameters.items():
-        array = arrays.pop(path)
+        array, sharding = arrays.pop(path), shardings(path)
         if sharding is None:
             value = jax.device_put(array, may_alias=True)
         else:

@@ -50,11 +50,13 @@ def save_model(
         None: that of the checkpoint it came from, else of the embedding.
     overwrite: whether the folder may be there already; it is then replaced as a whole.
 
-    Everything is written to a folder beside it, which takes its name at the end: what was there stays until then.
+    Everything is written to a folder beside it, which takes its name at the end: what was there stays until then. Killed
+    between the two renames that this takes, the old folder lies beside it whole, as `.<name>.old.*/<name>`.
     Raises: FileExistsError for a folder that is there, without overwrite; ValueError for an unknown family or dtype,
-    and for a model that no family, or not this one, has the form of (naming what differs).
+    for a folder in which the program runs, and for a model that no family, or not this one, has the form of (naming
+    what differs).
     """
-    target = Path(path)
+    target = checked_target(path)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target}: exists already; expected a new folder, or overwrite=True")
     if target.exists() and not target.is_dir():
@@ -86,6 +88,16 @@ def save_model(
         replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def checked_target(path: str | os.PathLike) -> Path:
+    """The folder that `path` leads to. Raises ValueError for one that cannot be replaced."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ValueError(f"path={path!r}: expected the name of a folder")
+    target = Path(path).resolve()
+    if target == target.parent or Path.cwd().is_relative_to(target):
+        raise ValueError(f"path={str(path)!r}: is the folder in which this runs, or above it; expected another")
+    return target
 
 
 def export_config(config: ModelConfig, family: str | None) -> tuple[dict[str, Any], Family]:
@@ -161,14 +173,15 @@ def replace(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / target.name
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    old = aside / target.name
     try:
         os.rename(target, old)
         os.rename(temporary, target)
     except BaseException:  # Ctrl-C too
         if old.exists() and not target.exists():
             os.rename(old, target)
+        if not old.exists():
+            aside.rmdir()
         raise
-    finally:
-        if target.exists():
-            shutil.rmtree(old.parent, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -9,7 +9,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import lcr
-from lcr.data.tokenizers import TOKENIZERS
 from lcr.tasks import make_task
 from lcr.training.checkpoints import CheckpointError, find_damage, list_steps, newest_good, read_checkpoint
 from lcr.training.config import ConfigError, check_keys, from_plain
@@ -112,14 +111,7 @@ def make_run_model(config: ConfigDict, vocab_size: int) -> nnx.Module:
 
 
 def make_abstract_model(config: ConfigDict, vocab_size: int) -> nnx.Module:
-    """The model with shapes for parameters: nothing is compiled. Raises ConfigError for options that do not fit, and
-    for a checkpoint's vocabulary too small for a tokenizer that is not its own."""
-    tokenizer, stated = config.task.tokenizer, config.model.get("vocab_size", vocab_size)
-    if tokenizer in TOKENIZERS and stated < vocab_size:
-        raise ConfigError(
-            f"task.tokenizer={tokenizer!r}: it has {vocab_size} tokens, the model {stated} (model.vocab_size): expected "
-            "the folder with the model's own tokenizer"
-        )
+    """The model with shapes for parameters: nothing is compiled. Raises ConfigError for options that do not fit."""
     try:
         return nnx.eval_shape(lambda: make_run_model(config, vocab_size))
     except (ValueError, TypeError) as error:

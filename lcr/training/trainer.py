@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from lcr.data.pipeline import make_batches
 from lcr.models.config import model_config
+from lcr.data.tokenizers import TOKENIZERS
 from lcr.training.checkpoints import (
     CheckpointError,
     CheckpointWriter,
@@ -75,6 +76,7 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
     if jax.process_count() > 1:
         raise ConfigError(f"{jax.process_count()} processes: this trainer runs in one; start it without them")
     check_config(config)
+    check_tokenizer(config)
     config = from_plain(to_plain(config))  # ours alone: a caller may go on to change theirs
     workdir = Path(workdir)
     enter_workdir(config, workdir)
@@ -84,6 +86,16 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
             return trainer.run(signals)
         finally:
             trainer.close()
+
+
+def check_tokenizer(config: ConfigDict) -> None:
+    """Raises ConfigError for a checkpoint's vocabulary that is too small for a tokenizer which is not its own."""
+    name, rows = config.task.tokenizer, config.model.get("vocab_size")
+    if rows is not None and name in TOKENIZERS and TOKENIZERS[name].vocab_size > rows:
+        raise ConfigError(
+            f"task.tokenizer={name!r}: it has {TOKENIZERS[name].vocab_size} tokens, the model {rows} (model.vocab_size): "
+            "expected the folder with the model's own tokenizer"
+        )
 
 
 def write_first_checkpoint(config: ConfigDict, workdir: str | Path) -> None:

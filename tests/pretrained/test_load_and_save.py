@@ -1,6 +1,7 @@
 """Folders that are not what they should be; and that what was there stays until the new one is whole."""
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -116,7 +117,7 @@ def test_folders_without_a_checkpoint(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="config.json: no such file"):
         load_model(tmp_path, progress=False)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="no model.safetensors and no model.safetensors.index.json"):
+    with pytest.raises(FileNotFoundError, match=r"no \*.safetensors and no model.safetensors.index.json"):
         load_model(folder, progress=False)
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     with pytest.raises(ValueError, match="holds pytorch_model.bin and no safetensors.*save_pretrained"):
@@ -254,3 +255,128 @@ def test_fields_that_nothing_is_made_of_are_told(folder, caplog):
     change(folder, rope_thetta=3.0)
     load_model(folder, progress=False)
     assert "no use was made of rope_thetta" in caplog.text
+
+
+def test_shards_without_an_index(tmp_path, model):
+    save_model(model, tmp_path / "out", shard_bytes=SHARD)
+    (tmp_path / "out" / INDEX).unlink()
+    again = load_model(tmp_path / "out", progress=False)
+    for (path, ours), (_, theirs) in zip(*(nnx.to_flat_state(nnx.state(m, nnx.Param)) for m in (model, again)), strict=True):
+        np.testing.assert_array_equal(ours[...], theirs[...], err_msg=str(path))
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    shutil.copyfile(shards[0], shards[0].with_name("model-00009-of-00009.safetensors"))
+    with pytest.raises(ValueError, match=rf"in more than one file; expected {INDEX} to say in which"):
+        load_model(tmp_path / "out", progress=False)
+    for shard in shards[1:]:
+        shard.unlink()
+    (shards[0].with_name("model-00009-of-00009.safetensors")).unlink()
+    with pytest.raises(ValueError, match="missing: "):
+        load_model(tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("case", "kept"),
+    [("mixtral", "gate.weight"), ("jamba", "router.weight"), ("mamba2", "conv1d.weight"), ("llama_gqa", "embed_tokens")],
+)
+def test_float32_among_bfloat16_stays(tmp_path, case, kept):
+    folder = pathlib.Path(shutil.copytree(GOLDEN.with_name(case), tmp_path / "source"))
+
+    def narrow(tensors):
+        for name in tensors:
+            if kept not in name:
+                tensors[name] = tensors[name].astype(jnp.bfloat16)
+
+    rewrite(folder, narrow)
+    loaded = load_model(folder, progress=False)
+    assert loaded.config.dtype == "bfloat16"
+    logits, _ = nnx.jit(lambda model, tokens: model(tokens))(loaded, jnp.arange(1, 9, dtype=jnp.int32)[None])
+    assert jnp.isfinite(logits).all()
+    save_model(loaded, tmp_path / "out")
+    source, written = open_files(folder), open_files(tmp_path / "out")
+    assert source.keys() == written.keys()
+    assert any(source[name].entries[name].dtype == np.float32 for name in source)
+    for name in source:
+        assert source[name].tensor(name).tobytes() == written[name].tensor(name).tobytes(), name
+
+
+def test_a_rename_that_fails_leaves_the_old_folder(tmp_path, model, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine.txt").write_text("mine")
+    rename = os.rename
+
+    def failing(source, destination):
+        if str(destination) == str(target) and ".old." not in str(source):
+            raise OSError("no")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="no"):
+        save_model(model, target, overwrite=True)
+    assert (target / "mine.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_folder_in_which_it_runs_is_not_replaced(tmp_path, model, monkeypatch):
+    work = tmp_path / "work"
+    (work / "deep").mkdir(parents=True)
+    (work / "thesis.tex").write_text("years")
+    monkeypatch.chdir(work / "deep")
+    for path in (".", "..", work, "/", ""):
+        with pytest.raises(ValueError, match="path="):
+            save_model(model, path, overwrite=True)
+    assert (work / "thesis.tex").read_text() == "years"
+    (work / "link").symlink_to(tmp_path / "elsewhere")
+    save_model(model, work / "link")
+    assert load_model(tmp_path / "elsewhere", progress=False).config == model.config
+
+
+def test_shardings(model):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    asked = []
+
+    def by_shape(name, shape):
+        asked.append(name)
+        return jax.sharding.NamedSharding(mesh, jax.P("x") if len(shape) > 1 else jax.P())
+
+    for sharding in (jax.sharding.NamedSharding(mesh, jax.P()), by_shape):
+        loaded = load_model(GOLDEN, sharding=sharding, progress=False)
+        for (path, ours), (_, theirs) in zip(
+            *(nnx.to_flat_state(nnx.state(m, nnx.Param)) for m in (model, loaded)), strict=True
+        ):
+            np.testing.assert_array_equal(ours[...], theirs[...])
+            expected = sharding if sharding is not by_shape else by_shape("", theirs[...].shape)
+            assert theirs[...].sharding == expected, path
+    assert "groups.blocks.0.mixer.query.kernel" in asked
+    with pytest.raises(ValueError, match="sharding of embedding"):
+        load_model(GOLDEN, sharding=lambda name, shape: None, progress=False)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "config.json"])
+def test_a_file_is_no_folder(folder, name):
+    (folder / name).touch()
+    with pytest.raises(ValueError, match="pickles" if name.endswith("bin") else "is a file; expected the folder"):
+        lcr.load_pretrained(folder / name)
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3"])
+def test_gemma_without_windows_goes_out_with_a_width_for_them(tmp_path, case):
+    """transformers makes a mask of every kind that it knows, and wants the width for it."""
+    folder = pathlib.Path(shutil.copytree(GOLDEN.with_name(case), tmp_path / "source"))
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    change(folder, layer_types=["full_attention"] * layers)
+    loaded = load_model(folder, progress=False)
+    save_model(loaded, tmp_path / "out")
+    assert isinstance(json.loads((tmp_path / "out" / "config.json").read_text())["sliding_window"], int)
+    assert load_model(tmp_path / "out", progress=False).config == loaded.config
+
+
+def test_gemma3_with_scaled_windows_goes_out(tmp_path):
+    folder = pathlib.Path(shutil.copytree(GOLDEN.with_name("gemma3"), tmp_path / "source"))
+    given = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    given["sliding_attention"] |= {"rope_type": "linear", "factor": 4.0}
+    change(folder, rope_parameters=given)
+    loaded = load_model(folder, progress=False)
+    save_model(loaded, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"]["sliding_attention"]["factor"] == 4.0
+    assert load_model(tmp_path / "out", progress=False).config == loaded.config

@@ -96,6 +96,22 @@ def test_our_machine_is_not_pythons(tmp_path, monkeypatch):
     assert "emb.weight" in PthFile(GOLDEN / "rwkv7.pth").entries
 
 
+@pytest.mark.parametrize("fault", ["big-endian", "compressed"])
+def test_archives_that_pytorch_does_not_write(tmp_path, fault):
+    """Numbers the other way round; and entries that would be larger than they look."""
+    path = tmp_path / "model.pth"
+    method = zipfile.ZIP_DEFLATED if fault == "compressed" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(GOLDEN / "rwkv7.pth") as source, zipfile.ZipFile(path, "w", method) as copy:
+        for name in source.namelist():
+            if not name.endswith("/byteorder"):
+                copy.writestr(name, source.read(name))
+        prefix = source.namelist()[0].split("/")[0]
+        copy.writestr(f"{prefix}/byteorder", "big" if fault == "big-endian" else "little")
+    message = {"big-endian": "big-endian; expected little-endian", "compressed": "no data.pkl that describes tensors"}
+    with pytest.raises(ValueError, match=message[fault]):
+        PthFile(path)
+
+
 class Pickled(io.BytesIO):
     """Writes the pickle of {"a": a tensor} by hand, with what a test would have wrong."""
 
