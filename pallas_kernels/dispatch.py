@@ -3,7 +3,7 @@
 import difflib
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,14 +18,33 @@ def choose(op: str, implementations: Mapping[str, Callable], name: str | None, d
 
     Raises: ValueError for a name that the op does not have, naming the nearest and listing all.
     """
+    return implementations[choose_supported(op, implementations, name, (default,), lambda _: None)]
+
+
+def choose_supported(
+    op: str,
+    implementations: Collection[str],
+    name: str | None,
+    candidates: Iterable[str],
+    why_not: Callable[[str], str | None],
+) -> str:
+    """`name`, or the first of the candidates that supports the call (logged the first time it is chosen).
+
+    why_not: what an implementation does not support about the call; None if it supports it.
+    Raises: ValueError for a name that the op does not have, naming the nearest and listing all, and for one that does
+    not support the call, saying why.
+    """
     if name is None:
-        _log_once(op, default)
-        return implementations[default]
+        chosen = next(candidate for candidate in candidates if why_not(candidate) is None)
+        _log_once(op, chosen)
+        return chosen
     if name not in implementations:
         close = difflib.get_close_matches(str(name), implementations, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"implementation={name!r}: {op} has {', '.join(sorted(implementations))}.{hint}")
-    return implementations[name]
+    if (reason := why_not(name)) is not None:
+        raise ValueError(f"implementation={name!r}: {op} {reason}; leave it out, and one that supports the call is taken")
+    return name
 
 
 @functools.cache

@@ -13,9 +13,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.attention import tiles
+from pallas_kernels.attention.options import Options, log_sum
 
 NEVER = -1e30  # below every score, yet finite, so that a row that has seen nothing gives no NaN
 
@@ -23,27 +24,20 @@ NEVER = -1e30  # below every score, yet finite, so that a row that has seen noth
 def attend(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    documents: Int[Array, "B T"],
-    kv_documents: Int[Array, "B S"],
-    positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
-    *,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
-    alibi_slopes: Float[Array, "H"] | None,
-) -> Float[Array, "B T H V"]:
+    v: Float[Array, "B S G V"] | None,
+    slopes: Float[Array, "H"] | None,
+    index: tiles.Index,
+    options: Options,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """See `api.attention`. Differentiable once, in reverse, in q, k and v."""
-    band, index = tiles.Band(causal, window), tiles.Index(documents, kv_documents, positions, kv_positions)
-    slopes = None if alibi_slopes is None else alibi_slopes.astype(_arithmetic(q)[0])
+    slopes = None if slopes is None else slopes.astype(_arithmetic(q)[0])
     if q.shape[1] == 1:
-        return _single_query(q, k, v, index, band, slopes, scale, soft_cap)
-    return _tiled(band, scale, soft_cap, q, k, v, index, slopes)
+        return _single_query(q, k, v, slopes, index, options)
+    index = jax.tree.map(lambda a: jnp.broadcast_to(a, (q.shape[0], *a.shape[1:])), index)
+    return _tiled(options, q, k, options.values(k, v), index, slopes)
 
 
-def _single_query(q, k, v, index, band, slopes, scale, soft_cap):
+def _single_query(q, k, v, slopes, index, options):
     """One query per row (decoding): the scores of a row fit, so one pass over the cache and no tiles.
 
     Every head is multiplied with the keys of all G heads, the others' with zeros: G times the arithmetic, yet the
@@ -53,30 +47,36 @@ def _single_query(q, k, v, index, band, slopes, scale, soft_cap):
     kv_length, kv_heads = k.shape[1], k.shape[2]
     dtype, precision = _arithmetic(q)
     own = jnp.eye(kv_heads, dtype=dtype)
-    groups = q.reshape(batch, kv_heads, heads // kv_heads, width).astype(dtype) * scale
+    groups = q.reshape(batch, kv_heads, heads // kv_heads, width).astype(dtype) * options.scale
     spread = jnp.einsum("bgrk,gn->bgknr", groups, own, precision=precision).reshape(batch, kv_heads * width, heads)
     keys = k.reshape(batch, kv_length, kv_heads * width).astype(dtype)
     scores = jnp.einsum("bsc,bch->bsh", keys, spread, precision=precision)
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if options.soft_cap is not None:
+        scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
     if slopes is not None:
         distance = (index.positions - index.kv_positions).astype(dtype)
         scores -= slopes[None, None, :] * distance[:, :, None]
-    weights = jax.nn.softmax(scores, axis=1, where=tiles.visible(index, band)[:, 0, :, None])
-    values = v.reshape(batch, kv_length, -1).astype(dtype)
-    out = jnp.einsum("bsh,bsc->bhc", weights, values, precision=precision)
-    out = out.reshape(batch, kv_heads, heads // kv_heads, kv_heads, v.shape[3])
-    return jnp.einsum("bgrgv->bgrv", out).reshape(batch, 1, heads, v.shape[3]).astype(q.dtype)
+    seen = tiles.visible(index, tiles.Band(options.causal, options.window))[:, 0, :, None]
+    if index.block_mask is not None:
+        seen &= jnp.repeat(index.block_mask[:, 0], options.block_size[1], axis=1)[:, :kv_length, None]
+    seen = jnp.broadcast_to(seen, scores.shape)
+    weights = jax.nn.softmax(scores, axis=1, where=seen)
+    values = options.values(k, v)
+    width = values.shape[3]
+    out = jnp.einsum("bsh,bsc->bhc", weights, values.reshape(batch, kv_length, -1).astype(dtype), precision=precision)
+    out = out.reshape(batch, kv_heads, heads // kv_heads, kv_heads, width)
+    o = jnp.einsum("bgrgv->bgrv", out).reshape(batch, 1, heads, width).astype(q.dtype)
+    return o, log_sum(scores, seen, axis=1)[:, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _tiled(band, scale, soft_cap, q, k, v, index, slopes):
-    return _forward(band, scale, soft_cap, q, k, v, index, slopes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(options, q, k, v, index, slopes):
+    return _forward(options, q, k, v, index, slopes)[0]
 
 
-def _forward(band, scale, soft_cap, q, k, v, index, slopes):
-    """Returns the output and what the backward needs: the inputs, the output and each row's log-sum-exp."""
-    grid = _grid(q, k, band)
+def _forward(options, q, k, v, index, slopes):
+    """Returns the results and what the backward needs: the inputs, the output and each row's log-sum-exp."""
+    band, grid = tiles.Band(options.causal, options.window), _grid(q, k, options)
     by_group = None if slopes is None else slopes.reshape(k.shape[2], -1)
 
     def row(args):
@@ -85,14 +85,15 @@ def _forward(band, scale, soft_cap, q, k, v, index, slopes):
 
         def head(args):
             slopes, blocks = args
-            return _forward_head(band, scale, soft_cap, tile_index, slopes, order, *blocks)
+            return _forward_head(band, options.scale, options.soft_cap, tile_index, slopes, order, *blocks)
 
         return jax.lax.map(head, (by_group, blocks))
 
     blocks = grid.cut_queries(q), grid.cut_keys(k), grid.cut_keys(v)
     out, logsumexp = jax.lax.map(row, (grid.cut_index(index), blocks))
     o = grid.join_queries(out).astype(q.dtype)
-    return o, (q, k, v, index, slopes, o, logsumexp)
+    seen = grid.join_queries(logsumexp[..., None])[..., 0]
+    return (o, jnp.where(seen == jnp.inf, -jnp.inf, seen)), (q, k, v, index, slopes, o, logsumexp)
 
 
 def _forward_head(band, scale, soft_cap, index, slopes, order, queries, keys, values):
@@ -128,12 +129,14 @@ def _forward_head(band, scale, soft_cap, index, slopes, order, queries, keys, va
     return jax.lax.map(query_tile, (jnp.arange(queries.shape[0]), queries, order))
 
 
-def _backward(band, scale, soft_cap, residuals, cotangent):
+def _backward(options, residuals, cotangents):
     q, k, v, index, slopes, o, logsumexp = residuals
-    grid = _grid(q, k, band)
+    cotangent, of_logsumexp = cotangents
+    band, grid = tiles.Band(options.causal, options.window), _grid(q, k, options)
     by_group = None if slopes is None else slopes.reshape(k.shape[2], -1)
     dtype = _arithmetic(q)[0]
-    product = jnp.sum(o.astype(dtype) * cotangent.astype(dtype), axis=-1, keepdims=True)
+    # d scores = weights (d weights - product): the log-sum-exp's derivative in a score is that score's weight
+    product = jnp.sum(o.astype(dtype) * cotangent.astype(dtype), axis=-1, keepdims=True) - of_logsumexp[..., None]
 
     def row(args):
         tile_index, blocks = args
@@ -141,14 +144,14 @@ def _backward(band, scale, soft_cap, residuals, cotangent):
 
         def head(args):
             slopes, blocks = args
-            return _backward_head(band, scale, soft_cap, tile_index, slopes, order, *blocks)
+            return _backward_head(band, options.scale, options.soft_cap, tile_index, slopes, order, *blocks)
 
         return jax.lax.map(head, (by_group, blocks))
 
     blocks = grid.cut_queries(q), grid.cut_keys(k), grid.cut_keys(v)
     blocks += grid.cut_queries(cotangent), logsumexp, grid.cut_queries(product)[..., 0]
     dq, dk, dv = jax.lax.map(row, (grid.cut_index(index), blocks))
-    dq = (grid.join_queries(dq) * scale).astype(q.dtype)
+    dq = (grid.join_queries(dq) * options.scale).astype(q.dtype)
     dk, dv = grid.join_keys(dk).astype(k.dtype), grid.join_keys(dv).astype(v.dtype)
     dindex = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), index)
     return dq, dk, dv, dindex, jax.tree.map(jnp.zeros_like, slopes)
@@ -197,10 +200,11 @@ def _backward_head(band, scale, soft_cap, index, slopes, order, queries, keys, v
 _tiled.defvjp(_forward, _backward)
 
 
-def _grid(q, k, band):
+def _grid(q, k, options):
     return tiles.Grid(
-        q.shape[1], k.shape[1], kv_heads=k.shape[2], group=q.shape[2] // k.shape[2], window=band.window
-    )
+        q.shape[1], k.shape[1], kv_heads=k.shape[2], group=q.shape[2] // k.shape[2], window=options.window,
+        block_size=options.block_size,
+    )  # fmt: skip
 
 
 def _scores(lines, columns, soft_cap, precision):

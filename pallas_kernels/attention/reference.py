@@ -3,25 +3,22 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from pallas_kernels.attention.options import Options, log_sum
+from pallas_kernels.attention.tiles import Index
 
 
 def attend(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    documents: Int[Array, "B T"],
-    kv_documents: Int[Array, "B S"],
-    positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
-    *,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
-    alibi_slopes: Float[Array, "H"] | None,
-) -> Float[Array, "B T H V"]:
-    """`softmax(soft_cap(scale q k^T) - slopes distance, over the keys that are seen) v`; 0 where no key is seen.
+    v: Float[Array, "B S G V"] | None,
+    slopes: Float[Array, "H"] | None,
+    index: Index,
+    options: Options,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """`softmax(soft_cap(scale q k^T) - slopes distance, over the keys that are seen) v`, 0 where no key is seen; and the
+    logarithm of each softmax's sum.
 
     See `api.attention`.
     """
@@ -29,19 +26,25 @@ def attend(
     dtype = np.promote_types(q.dtype, np.float32)
     groups = q.reshape(batch, length, k.shape[2], -1, q.shape[3]).astype(dtype)  # G groups of H / G heads
     precision = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("btgrk,bsgk->bgrts", groups, k.astype(dtype), precision=precision) * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", groups, k.astype(dtype), precision=precision) * options.scale
+    if options.soft_cap is not None:
+        scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
 
-    distance = positions[:, :, None] - kv_positions[:, None, :]
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.astype(dtype).reshape(1, k.shape[2], -1, 1, 1)
-        scores -= slopes * distance.astype(dtype)[:, None, None]
-    seen = (documents[:, :, None] == kv_documents[:, None, :]) & (kv_documents[:, None, :] != 0)
-    if causal:
+    distance = index.positions[:, :, None] - index.kv_positions[:, None, :]
+    if slopes is not None:
+        by_group = slopes.astype(dtype).reshape(1, k.shape[2], -1, 1, 1)
+        scores -= by_group * distance.astype(dtype)[:, None, None]
+    seen = (index.documents[:, :, None] == index.kv_documents[:, None, :]) & (index.kv_documents[:, None, :] != 0)
+    if options.causal:
         seen &= distance >= 0
-    if window is not None:
-        seen &= distance < window
-    weights = jax.nn.softmax(scores, axis=-1, where=seen[:, None, None])
-    out = jnp.einsum("bgrts,bsgv->btgrv", weights, v.astype(dtype), precision=precision)
-    return out.reshape(batch, length, heads, -1).astype(q.dtype)
+    if options.window is not None:
+        seen &= distance < options.window
+    if index.block_mask is not None:
+        lines, columns = options.block_size
+        spread = jnp.repeat(jnp.repeat(index.block_mask, lines, axis=1), columns, axis=2)
+        seen &= spread[:, :length, : k.shape[1]]
+    seen = jnp.broadcast_to(seen[:, None, None], scores.shape)
+    weights = jax.nn.softmax(scores, axis=-1, where=seen)
+    o = jnp.einsum("bgrts,bsgv->btgrv", weights, options.values(k, v).astype(dtype), precision=precision)
+    logsumexp = log_sum(scores, seen, axis=-1).transpose(0, 3, 1, 2)
+    return o.reshape(batch, length, heads, -1).astype(q.dtype), logsumexp.reshape(batch, length, heads)

@@ -17,6 +17,7 @@ class Shape:
     causal: bool = True
     window: int | None = None
     soft_cap: float | None = None
+    scale: float | None = None
 
     @property
     def q(self) -> tuple[int, int, int, int]:
@@ -32,7 +33,7 @@ class Shape:
 
     @property
     def options(self) -> dict:
-        return {"causal": self.causal, "window": self.window, "soft_cap": self.soft_cap}
+        return {"causal": self.causal, "window": self.window, "soft_cap": self.soft_cap, "scale": self.scale}
 
     @property
     def forward_flops(self) -> int:

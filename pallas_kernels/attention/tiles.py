@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Carry = TypeVar("Carry")
@@ -31,12 +32,31 @@ class Band(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Documents (0: padding) and positions of queries and keys: `[B, T]` and `[B, S]`, or those of one row's tiles."""
+    """Documents (0: padding) and positions of queries and keys: `[B, T]` and `[B, S]`, or those of one row's tiles.
+
+    The first axis may be 1 instead of B: all rows are alike. block_mask: `[B, M, N]`, which blocks of keys the queries
+    of a block may see, or None for all; among tiles it is `[..., query tiles, key tiles]`.
+    """
 
     documents: Int[Array, "..."]
     kv_documents: Int[Array, "..."]
     positions: Int[Array, "..."]
     kv_positions: Int[Array, "..."]
+    block_mask: Bool[Array, "..."] | None = None
+
+    def cut(self, tokens: int, keys: int, block_size: tuple[int, int] | None) -> "Index":
+        """`[B, tiles, tokens]` and `[B, tiles, keys]`, ragged ends filled up with padding.
+
+        A tile must lie in one block: where there is a block mask, tokens and keys have to divide the block's.
+        """
+        sizes = (tokens, keys, tokens, keys)
+        cut = [_fill(a, n).reshape(a.shape[0], -1, n) for a, n in zip(self[:4], sizes, strict=True)]
+        mask = self.block_mask
+        if mask is not None:
+            lines = np.arange(cut[0].shape[1]) * tokens // block_size[0]
+            columns = np.arange(cut[1].shape[1]) * keys // block_size[1]
+            mask = mask[:, lines[:, None], columns[None, :]]
+        return Index(*cut, mask)
 
 
 class Order(NamedTuple):
@@ -53,7 +73,7 @@ class Order(NamedTuple):
 
 
 def visible(index: Index, band: Band) -> Bool[Array, "... T S"]:
-    """Whether each query sees each key."""
+    """Whether each query sees each key, as far as documents and distances go."""
     distance = index.positions[..., :, None] - index.kv_positions[..., None, :]
     same = index.documents[..., :, None] == index.kv_documents[..., None, :]
     seen = same & (index.kv_documents != 0)[..., None, :]
@@ -113,6 +133,9 @@ def schedule(index: Index, band: Band, by_query: bool) -> Order:
     if band.window is not None:
         active &= query.low - key.high < band.window
         full &= query.high - key.low < band.window
+    if index.block_mask is not None:
+        active &= index.block_mask
+    full &= active
     rank = jnp.where(full, 0, jnp.where(active, 1, 2))
     rank = rank if by_query else rank.T
     return Order(
@@ -134,6 +157,7 @@ class Grid:
     kv_heads: int
     group: int
     window: int | None
+    block_size: tuple[int, int] | None = None
 
     @property
     def side(self) -> int:
@@ -141,16 +165,16 @@ class Grid:
 
     @property
     def tokens(self) -> int:
-        return _even(self.length, max(self.side // self.group, 1))
+        most = max(self.side // self.group, 1)
+        return divisor(self.block_size[0], most) if self.block_size else _even(self.length, most)
 
     @property
     def keys(self) -> int:
-        return _even(self.kv_length, self.side)
+        return divisor(self.block_size[1], self.side) if self.block_size else _even(self.kv_length, self.side)
 
     def cut_index(self, index: Index) -> Index:
         """`[B, tiles, tokens]` and `[B, tiles, keys]`."""
-        sizes = (self.tokens, self.keys, self.tokens, self.keys)
-        return Index(*(_fill(a, n).reshape(a.shape[0], -1, n) for a, n in zip(index, sizes, strict=True)))
+        return index.cut(self.tokens, self.keys, self.block_size)
 
     def cut_queries(self, x: Array) -> Array:
         x = _fill(x, self.tokens)
@@ -169,6 +193,11 @@ class Grid:
     def join_keys(self, x: Array) -> Array:
         x = x.transpose(0, 2, 3, 1, 4)
         return x.reshape(x.shape[0], -1, self.kv_heads, x.shape[4])[:, : self.kv_length]
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest divisor that is at most `most`."""
+    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
 
 
 def _even(length: int, most: int) -> int:

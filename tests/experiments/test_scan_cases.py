@@ -3,7 +3,7 @@
 import jax
 import pytest
 from experiments.scan_cases import head_cases, selective_case
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 CASES = [selective_case(2, 20, 6), *head_cases(2, 20, 2)]
 

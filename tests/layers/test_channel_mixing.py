@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lcr.layers.channel_mixing import ChannelMixingConfig
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 WIDTH = 16
 IDS = np.array([[0, 3, 3, 0, 3, 5, 5, 0, 5], [1, 1, 2, 2, 1, 1, 0, 0, 0]], np.int32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lcr.layers.moe import MoE, MoEConfig
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 WIDTH, FF = 16, 24
 IDS = np.array([[1, 1, 1, 0, 2, 2], [0, 3, 3, 3, 3, 0]], np.int32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lcr.layers.rope import apply_rope, rope_frequencies, rotate
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 
 def expected(x, positions, frequencies, interleaved):

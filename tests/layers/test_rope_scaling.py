@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from lcr.layers.rope import apply_rope
 from lcr.layers.rope_scaling import freeze_rope_scaling, read_rope_scaling, rope_frequencies
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 WIDTH, BASE = 64, 10_000.0
 LLAMA3 = {

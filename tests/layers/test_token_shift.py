@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lcr.layers.segments import read_segments
 from lcr.layers.token_shift import token_shift
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 IDS = np.array([[0, 3, 3, 0, 0, 3, 5, 0, 5, 5], [1, 1, 2, 1, 0, 0, 0, 0, 0, 0], [0] * 10, [4] * 10], np.int32)
 ROWS, LENGTH = IDS.shape

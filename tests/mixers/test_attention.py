@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from lcr.mixers.attention import AttentionConfig, GQAConfig, MHAConfig, MQAConfig
 from lcr.mixers.interface import state_bytes
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 D_MODEL = 32
 SMALL = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from lcr.mixers.deltanet import DeltaNetConfig
 from lcr.mixers.gated_deltanet import GatedDeltaNetConfig
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

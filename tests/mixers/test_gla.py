@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lcr.mixers.gla import GLAConfig
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

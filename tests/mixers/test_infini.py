@@ -11,7 +11,7 @@ from lcr.layers import compressive_memory as memory_module
 from lcr.layers.compressive_memory import Boundaries, Memory, compressive_memory, features
 from lcr.mixers.infini import InfiniConfig
 from lcr.mixers.interface import state_bytes
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, SEGMENT = 16, 4, 2, 6, 7
 

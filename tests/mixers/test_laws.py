@@ -23,7 +23,7 @@ from pallas_kernels.linear_attention import vector_decay
 from pallas_kernels.selective_scan import chunked as selective_scan_chunked
 from pallas_kernels.wkv import api as wkv_api
 from pallas_kernels.wkv import chunked as wkv_chunked
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 BATCH, LENGTH, WIDTH = 3, 24, 32
 CAPACITY = LENGTH  # so with what a state has read before, caches overflow in row 2 and become windows

@@ -12,7 +12,7 @@ from flax import nnx
 from lcr.layers.mlp import SwiGLU
 from lcr.layers.moe import MoE, MoEConfig
 from lcr.layers.norms import RMSNorm
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 WIDTH = 50

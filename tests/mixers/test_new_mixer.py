@@ -15,7 +15,7 @@ from lcr.layers.segments import forget, read_segments
 from lcr.training.metrics import read_rows
 from lcr.training.trainer import train
 from pallas_kernels.selective_scan import selective_scan
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 from tests.training.toy import toy_config
 

@@ -13,7 +13,7 @@ from flax import nnx
 from lcr.layers import xpos
 from lcr.layers.alibi import alibi_slopes
 from lcr.mixers.attention import GQAConfig
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 WIDTH, HEADS, GROUPS, HEAD_DIM, CAPACITY, LENGTH = 24, 6, 2, 8, 24, 54
 SIZES = {"num_heads": HEADS, "num_kv_heads": GROUPS, "head_dim": HEAD_DIM}

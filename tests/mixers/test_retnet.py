@@ -10,7 +10,7 @@ from flax import nnx
 from lcr.layers.rope import rotate
 from lcr.mixers.interface import state_bytes
 from lcr.mixers.retnet import RetNetConfig, log_decays, retention_frequencies
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 WIDTH = 24

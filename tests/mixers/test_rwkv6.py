@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from lcr.layers.channel_mixing import ChannelMixingConfig
 from lcr.mixers.rwkv6 import RWKV6Config
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

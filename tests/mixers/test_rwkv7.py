@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lcr.mixers.rwkv7 import RWKV7, RWKV7Config
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 WIDTH, LENGTH, BATCH = 32, 24, 2

@@ -12,7 +12,7 @@ from flax import nnx
 from lcr.models.config import model_config
 from lcr.models.decoder import hands_on
 from ml_collections import ConfigDict
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "mamba_transformers.npz"
 SMALL = {"vocab_size": 31, "d_model": 16, "mixers": ("mamba", "mamba")}

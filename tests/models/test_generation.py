@@ -6,7 +6,7 @@ import lcr
 import numpy as np
 import pytest
 from flax import nnx
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 
 @pytest.fixture(scope="module")

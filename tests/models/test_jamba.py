@@ -8,7 +8,7 @@ import lcr
 import numpy as np
 import pytest
 from flax import nnx
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pallas_kernels.chunks import scan_chunks
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 B, K = 2, 3
 

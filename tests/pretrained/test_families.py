@@ -15,7 +15,7 @@ from lcr.pretrained.families import FAMILIES
 from lcr.pretrained.load import load_model, open_files
 from lcr.pretrained.safetensors import write_tensors
 from lcr.pretrained.save import save_model
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pretrained"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir())

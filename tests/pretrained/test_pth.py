@@ -17,7 +17,7 @@ from flax import nnx
 from lcr.pretrained.load import load_model
 from lcr.pretrained.pth import PthFile
 from lcr.pretrained.save import save_model
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pretrained_pth"
 

@@ -22,7 +22,7 @@ from lcr.training.checkpoints import (
     read_checkpoint,
 )
 
-from tests.tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 
 def arrays(value=0.0):

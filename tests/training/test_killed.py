@@ -15,7 +15,7 @@ from lcr.training.run import load_run
 from lcr.training.step import parameter_values
 
 from tests.compiling import UNOPTIMIZED
-from tests.tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 from tests.training.toy import CACHE_SETTINGS
 
 STEPS = 120

@@ -12,7 +12,7 @@ from lcr.training.optimizer import make_optimizer, parameter_groups
 from lcr.training.step import Functional, init_state, make_step, parameter_values, select_predictions
 from lcr.training.trainer import train
 
-from tests.tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 from tests.training.toy import toy_config
 
 VOCAB, LENGTH, EXPERTS = 11, 8, 4

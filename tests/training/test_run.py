@@ -11,7 +11,7 @@ from lcr.training.run import load_run
 from lcr.training.step import parameter_values
 from lcr.training.trainer import train
 
-from tests.tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 from tests.training.toy import compiled_programs_kept_in, toy_config, toy_models
 
 

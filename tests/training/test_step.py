@@ -9,7 +9,7 @@ from lcr.training.config import default_config
 from lcr.training.optimizer import make_optimizer, parameter_groups
 from lcr.training.step import Functional, Window, init_state, make_step, parameter_values, select_predictions
 
-from tests.tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 from tests.training.toy import Toy
 
 VOCAB, LENGTH = 11, 16

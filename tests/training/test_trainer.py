@@ -16,7 +16,7 @@ from lcr.training.signals import Stopped
 from lcr.training.step import parameter_values
 from lcr.training.trainer import NonFiniteError, train
 
-from tests.tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 from tests.training.toy import compiled_programs_kept_in, toy_config, toy_models
 
 TIMINGS = ("tokens_per_second", "seconds")

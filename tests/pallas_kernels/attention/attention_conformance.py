@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from pallas_kernels.attention import attention, tiles
 from pallas_kernels.attention.shapes import Shape
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 
 def arrays(shape: Shape, seed: int = 0, dtype=np.float32):

@@ -10,7 +10,7 @@ from attention_conformance import arrays, assert_conforms, compute, out_and_grad
 from pallas_kernels.attention import attention, tiles
 from pallas_kernels.attention.api import check_arguments
 from pallas_kernels.attention.shapes import CONFORMANCE, Shape
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 PACKED = Shape(B=2, T=128, H=2, G=1, K=8)
 

@@ -13,7 +13,7 @@ from pallas_kernels.delta_rule import api, delta_rule
 from pallas_kernels.delta_rule.blocks import solve, unit_inverse
 from pallas_kernels.delta_rule.chunked import CHUNK
 from pallas_kernels.delta_rule.shapes import SHAPES, Shape
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 NAMES = ("q", "k", "v", "a", "b", "log_decay")

@@ -11,7 +11,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.linear_attention import api, linear_attention
 from pallas_kernels.linear_attention.chunked import CHUNK
 from pallas_kernels.linear_attention.shapes import SHAPES, Shape
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 

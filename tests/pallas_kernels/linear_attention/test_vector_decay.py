@@ -11,7 +11,7 @@ from compiling import OPTIMIZED
 from pallas_kernels.linear_attention import api, linear_attention
 from pallas_kernels.linear_attention.shapes import Shape
 from pallas_kernels.linear_attention.vector_decay import BLOCK, CHUNK, block_tables, chunk_table
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 SMALL = Shape(B=2, T=150, H=2, K=5, V=3, decay="channel", bonus=True)

@@ -10,7 +10,7 @@ import pytest
 from compiling import OPTIMIZED
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "selective_scan.npz"
 

@@ -10,7 +10,7 @@ import pytest
 from compiling import OPTIMIZED
 from pallas_kernels.wkv import WKVState, chunked, wkv
 from pallas_kernels.wkv.api import IMPLEMENTATIONS, default_implementation
-from tolerances import assert_close
+from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "wkv4.npz"
 

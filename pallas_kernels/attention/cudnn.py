@@ -1,0 +1,46 @@
+"""cuDNN's fused attention, where it computes what is asked: `jax.nn.dot_product_attention`."""
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels import devices
+from pallas_kernels.attention.options import Options
+from pallas_kernels.attention.tiles import Index
+
+
+def supports(q, k, v, slopes, index, options: Options) -> str | None:
+    """None, or what about the call is not supported."""
+    device = devices.current()
+    if device.platform != "gpu" or device.interpreted:
+        return f"by cuDNN needs an NVIDIA GPU, and this is {device.platform}"
+    if q.dtype not in ("bfloat16", "float16") or k.dtype != q.dtype:
+        return f"by cuDNN is for bfloat16 or float16 throughout, and q is {q.dtype}, k {k.dtype}"
+    if not options.plain or slopes is not None or options.soft_cap is not None or options.value_width is not None:
+        return "by cuDNN has no ids, positions, block mask, slopes, soft cap or values that are part of the keys"
+    if options.causal and q.shape[1] != k.shape[1]:
+        return f"by cuDNN takes the first query for the first key, and there are {q.shape[1]} queries of {k.shape[1]} keys"
+    if options.window is not None and not options.causal:
+        return "by cuDNN has windows for causal calls alone"
+    width, value_width = q.shape[-1], v.shape[-1]
+    most = 256 if device.hopper else 128
+    if width % 8 or value_width % 8 or max(width, value_width) > most:
+        return f"by cuDNN has widths that are multiples of 8 up to {most} here, and these are {width} and {value_width}"
+    if width != value_width and not device.hopper:
+        return f"by cuDNN has keys and values of one width here, and these are {width} and {value_width}"
+    return None
+
+
+def attend(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"] | None,
+    slopes: Float[Array, "H"] | None,
+    index: Index,
+    options: Options,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """See `api.attention`."""
+    window = None if options.window is None else (options.window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=options.scale, is_causal=options.causal, local_window_size=window, implementation="cudnn",
+        return_residual=True,
+    )  # fmt: skip

@@ -1,0 +1,30 @@
+"""The conformance suite as a class of tests: a backend is a subclass that says what it is and where it runs."""
+
+import contextlib
+
+import jax.numpy as jnp
+import pytest
+from pallas_kernels.attention import conformance
+from pallas_kernels.tolerances import TOLERANCE
+
+
+class AttentionSuite:
+    implementation: str
+    dtypes = (jnp.float32,)
+    refused: frozenset[str] = frozenset()  # cases that it does not support, and has to say so
+
+    def device(self):
+        """A context in which the implementation runs."""
+        return contextlib.nullcontext()
+
+    @pytest.mark.parametrize("name", conformance.CASES)
+    def test_conforms(self, name):
+        case = conformance.CASES[name]
+        with self.device():
+            for dtype in self.dtypes:
+                if name in self.refused:
+                    with pytest.raises(ValueError, match=f"implementation='{self.implementation}'"):
+                        conformance.compute(case, self.implementation, dtype)
+                    continue
+                for what, error, kind in conformance.errors(case, self.implementation, dtype):
+                    assert error <= TOLERANCE[kind], f"{what}: error {error:.2e} above {TOLERANCE[kind]:.0e} ({kind})"
