@@ -139,10 +139,12 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             self.head = nnx.Param(std * jax.random.normal(rngs.params(), (config.vocab_size, config.d_model)))
 
-    def group(self, repetition: int) -> Group:
-        """One repetition of the pattern, taken out of the stack."""
-        graph, parameters = nnx.split(self.groups)
-        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[repetition], parameters))
+    def group(self, repetition: int, parameters: State | None = None) -> Group:
+        """One repetition of the pattern, taken out of the stack; or made of `parameters`, which were before."""
+        graph, stacked = nnx.split(self.groups)
+        if parameters is None:
+            parameters = jax.tree.map(lambda leaf: leaf[repetition], stacked)
+        return nnx.merge(graph, parameters)
 
     def init_states(self, batch: int, capacity: int, dtype: Any = None) -> State:
         """Empty states for every layer. capacity: tokens that a growing cache must hold (see `Mixer.init_state`)."""

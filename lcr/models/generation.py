@@ -8,7 +8,7 @@ from flax import nnx
 
 from lcr.checks import check_whole, is_number
 from lcr.models.decoder import Decoder
-from lcr.models.token_loop import write
+from lcr.models.token_loop import layers_in_place, write
 from lcr.typing import Array, Int, SegmentIds, State, Tokens
 
 
@@ -47,11 +47,12 @@ def generate(
     if key is None:
         key = jax.random.key(0)  # greedy decoding draws nothing from it
     graph, parameters = nnx.split(model)
-    return _generate(graph, parameters, prompt_tokens, key, states, segment_ids, max_new_tokens, temperature)
+    layers = layers_in_place(model)
+    return _generate(graph, parameters, layers, prompt_tokens, key, states, segment_ids, max_new_tokens, temperature)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "temperature"))
-def _generate(graph, parameters, prompt, key, states, segment_ids, max_new_tokens, temperature):
+def _generate(graph, parameters, layers, prompt, key, states, segment_ids, max_new_tokens, temperature):
     model = nnx.merge(graph, parameters)
     length = prompt.shape[1]
     if segment_ids is None:
@@ -67,5 +68,5 @@ def _generate(graph, parameters, prompt, key, states, segment_ids, max_new_token
     logits, states = model(prompt, states, segment_ids, logits_at=last)
 
     keys = jax.random.split(key, max_new_tokens + 1)
-    tokens, states = write(model, choose(logits, keys[0]), states, choose, keys[1:])
+    tokens, states = write(model, choose(logits, keys[0]), states, choose, keys[1:], layers)
     return tokens[:, :-1], states

@@ -6,6 +6,7 @@ import lcr
 import numpy as np
 import pytest
 from flax import nnx
+from lcr.models.token_loop import layers_in_place
 from pallas_kernels.tolerances import assert_close
 
 
@@ -104,3 +105,22 @@ def test_sampling_follows_its_key_and_temperature(model, prompt):
 def test_errors(model, prompt, changes, message):
     with pytest.raises(ValueError, match=message):
         lcr.generate(model, prompt, **{"max_new_tokens": 2, **changes})
+
+
+def test_layers_are_taken_apart_without_a_copy():
+    model = lcr.make_model({"vocab_size": 31, "d_model": 64, "mixers": ("gqa",) * 2, "d_ff": 64}, rngs=nnx.Rngs(0))
+    stacked = nnx.state(model.groups)
+    layers = layers_in_place(model)
+    assert [jax.tree.structure(layer) for layer in layers] == [jax.tree.structure(stacked)] * 2
+    for i, layer in enumerate(layers):
+        for whole, part in zip(jax.tree.leaves(stacked), jax.tree.leaves(layer), strict=True):
+            assert part.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer() + i * part.nbytes
+            np.testing.assert_array_equal(part, whole[i])
+
+
+def test_layers_of_a_traced_model_are_taken_apart_in_its_program(model, prompt):
+    def two(model):
+        assert layers_in_place(model) is None
+        return lcr.generate(model, prompt, max_new_tokens=2)[0]
+
+    np.testing.assert_array_equal(nnx.jit(two)(model), lcr.generate(model, prompt, max_new_tokens=2)[0])
