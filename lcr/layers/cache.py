@@ -43,7 +43,7 @@ def slot_positions(position: Int[Array, "B"], slots: int) -> tuple[Int[Array, "B
 
 
 def attend_slots(
-    q: Float[Array, "B 1 H K"], keys: Float[Array, "B S G K"], values: Float[Array, "B S G V"],
+    q: Float[Array, "B 1 H K"], keys: Float[Array, "B S G K"], values: Float[Array, "B S G V"] | None,
     segments: Segments, window: int | None = None, attend: Callable = attention, **options: Any,
 ) -> Float[Array, "B 1 H V"]:  # fmt: skip
     """One new token, already in its slot: it sees every slot written, and no copy of the cache is made.
@@ -99,21 +99,26 @@ def _steps(segments: Segments) -> Int[Array, "B T"]:
 
 def attend_slots_and_new(
     q: Float[Array, "B T H K"],
-    cache: tuple[Float[Array, "B S G K"], Float[Array, "B S G V"]],
-    new: tuple[Float[Array, "B T G K"], Float[Array, "B T G V"]],
+    cache: tuple[Float[Array, "B S G K"], Float[Array, "B S G V"] | None],
+    new: tuple[Float[Array, "B T G K"], Float[Array, "B T G V"] | None],
     position: Int[Array, "B"],
     segments: Segments,
     window: int | None = None,
     attend: Callable = attention,
     **options: Any,
 ) -> Float[Array, "B T H V"]:
-    """Several new tokens after those of the cache, which are of document 1 if the first new ones go on with it."""
+    """Several new tokens after those of the cache, which are of document 1 if the first new ones go on with it.
+
+    Values are None in both where the op takes them out of the keys (its `value_width`).
+    """
     slots = cache[0].shape[1]
     positions, written = slot_positions(position, slots)
     ids, steps = _documents(segments), _steps(segments)
     if segments.continues is not None:
         written &= segments.continues[:, None]
-    keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(cache, new, strict=True))
+    keys, values = (
+        None if old is None else jnp.concatenate([old, added], axis=1) for old, added in zip(cache, new, strict=True)
+    )
     return attend(
         q,
         keys,

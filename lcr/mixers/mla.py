@@ -173,11 +173,12 @@ class MLA(nnx.Module):
             o = attend_new(q, *self._expand(latent), segments, **options)
         else:
             q = jnp.concatenate([self._product("bthk,rhk->bthr", q_nope, self.key_up), q_rope], axis=-1)
+            options["value_width"] = self.config.kv_lora_rank  # values: the latent, which is the front of the keys
             if length == 1:
                 cached = jax.lax.optimization_barrier(cached)
-                o = attend_slots(q, *self._shared(cached), segments, **options)
+                o = attend_slots(q, self._shared(cached), None, segments, **options)
             else:
-                shared = self._shared(before.latent), self._shared(latent)
+                shared = (self._shared(before.latent), None), (self._shared(latent), None)
                 o = attend_slots_and_new(q, *shared, before.position, segments, **options)
             o = self._product("bthr,rhv->bthv", o, self.value_up)
         after = LatentCache(latent=cached, segment_id=segments.segment_id, position=segments.position)
@@ -211,10 +212,9 @@ class MLA(nnx.Module):
         rope = jnp.broadcast_to(rope[:, :, None], (*nope.shape[:3], rope.shape[-1]))
         return jnp.concatenate([nope, rope], axis=-1), self._product("btr,rhv->bthv", latent, self.value_up)
 
-    def _shared(self, latent: Float[Array, "B S R"]):
-        """The one key-value head of the absorbed form: the cache is its keys, the latent its values."""
-        one = latent.astype(self.config.dtype)[:, :, None]
-        return one, one[..., : self.config.kv_lora_rank]
+    def _shared(self, latent: Float[Array, "B S R"]) -> Float[Array, "B S 1 R"]:
+        """The keys of the one key-value head of the absorbed form."""
+        return latent.astype(self.config.dtype)[:, :, None]
 
     def _product(self, formula, x, weight):
         x, weight = x.astype(self.config.dtype), weight[...].astype(self.config.dtype)
