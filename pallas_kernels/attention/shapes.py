@@ -48,16 +48,6 @@ class Shape:
         return 2 * self.B * self.H * seen * (self.K + (self.V or self.K))
 
 
-# Small and ragged: the conformance suite.
-CONFORMANCE = {
-    "one token": Shape(T=1, H=2, G=2, K=8),
-    "ragged": Shape(B=2, T=63, H=4, G=1, K=8, V=12),
-    "window not causal": Shape(T=90, H=2, G=2, K=8, causal=False, window=9),
-    "into a cache": Shape(B=2, T=33, S=97, H=4, G=2, K=8, soft_cap=2.0),
-    "decode": Shape(B=3, T=1, S=130, H=6, G=2, K=8, V=16, soft_cap=5.0),
-    "more queries than keys": Shape(T=50, S=20, H=2, G=2, K=8),
-}
-
 # Of the models and lengths that matter: benchmarks and compile checks.
 REAL = {
     "mha 2k": Shape(T=2_048, H=8, G=8, K=64),

@@ -1,15 +1,16 @@
 """The attention op: the reference against plain numpy, the implementations against the reference, and its cost."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_conformance import arrays, assert_conforms, compute, out_and_gradients
-from pallas_kernels.attention import attention, tiles
+from pallas_kernels.attention import api, attention, conformance, merge, tiles
 from pallas_kernels.attention.api import check_arguments
-from pallas_kernels.attention.shapes import CONFORMANCE, Shape
+from pallas_kernels.attention.shapes import Shape
 from pallas_kernels.tolerances import assert_close
 
 PACKED = Shape(B=2, T=128, H=2, G=1, K=8)
@@ -21,49 +22,85 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "SIDE", 32)
 
 
-def by_hand(q, k, v, ids, kv_ids, positions, kv_positions, causal=True, window=None, soft_cap=None, slopes=None):
-    """One query and head at a time, in float64 numpy."""
+def by_hand(q, k, v, index, causal=True, window=None, soft_cap=None, scale=None, slopes=None, block_size=None):
+    """One query and head at a time, in float64 NumPy; and the log-sum-exp."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    out = np.zeros((*q.shape[:3], v.shape[3]))
-    for b, t, h in np.ndindex(out.shape[:3]):
+    index = jax.tree.map(lambda a: np.broadcast_to(a, (q.shape[0], *a.shape[1:])), index)
+    out, sums = np.zeros((*q.shape[:3], v.shape[3])), np.full(q.shape[:3], -np.inf)
+    for b, t, h in np.ndindex(sums.shape):
         g = h * k.shape[2] // q.shape[2]
         seen = []
         for s in range(k.shape[1]):
-            distance = positions[b, t] - kv_positions[b, s]
+            distance = index.positions[b, t] - index.kv_positions[b, s]
             near = (distance >= 0 or not causal) and (window is None or distance < window)
-            if ids[b, t] == kv_ids[b, s] != 0 and near:
+            shown = block_size is None or index.block_mask[b, t // block_size[0], s // block_size[1]]
+            if index.documents[b, t] == index.kv_documents[b, s] != 0 and near and shown:
                 seen.append(s)
         if seen:
-            scores = k[b, seen, g] @ q[b, t, h] / np.sqrt(q.shape[3])
+            scores = k[b, seen, g] @ q[b, t, h] * (scale or q.shape[3] ** -0.5)
             if soft_cap is not None:
                 scores = soft_cap * np.tanh(scores / soft_cap)
             if slopes is not None:
-                scores -= slopes[h] * (positions[b, t] - kv_positions[b, seen])
+                scores -= slopes[h] * (index.positions[b, t] - index.kv_positions[b, seen])
             weights = np.exp(scores - scores.max())
             out[b, t, h] = weights @ v[b, seen, g] / weights.sum()
-    return out
+            sums[b, t, h] = scores.max() + np.log(weights.sum())
+    return out, sums
 
 
 def by_hand_alone(q, k, v):
     """One document and nothing else."""
-    ids, positions = np.ones(q.shape[:2]), np.tile(np.arange(q.shape[1]), (q.shape[0], 1))
-    return by_hand(q, k, v, ids, ids, positions, positions)
+    ids, positions = np.ones((1, q.shape[1])), np.arange(q.shape[1])[None]
+    return by_hand(q, k, v, tiles.Index(ids, ids, positions, positions))[0]
 
 
-@pytest.mark.parametrize("name", ["window not causal", "into a cache", "decode"])
+@pytest.mark.parametrize("name", ["ragged, grouped", "window, not causal", "ring", "blocks, packed", "latent decode", "alibi"])
 def test_reference_is_the_definition(name):
-    shape = CONFORMANCE[name]
-    q, k, v = arrays(shape)
-    B, T, S = shape.B, shape.T, k.shape[1]
-    positions = np.broadcast_to(np.arange(S), (B, S))
-    want = by_hand(q, k, v, np.ones((B, T)), np.ones((B, S)), positions[:, S - T :], positions, **shape.options)
-    assert_close(compute(q, k, v, implementation="reference", **shape.options), want, "float32")
+    case = conformance.CASES[name]
+    floats, index, static = conformance.arguments(case, np.float32)
+    slopes = index.pop("alibi_slopes", None)
+    o, sums = attention(
+        *(*floats, None)[:3], **index, **static, alibi_slopes=slopes, return_logsumexp=True, implementation="reference"
+    )
+    names = ("segment_ids", "kv_segment_ids", "q_positions", "kv_positions", "block_mask")
+    filled = api._index(*floats[:2], *(index.get(name) for name in names))
+    options = {name: value for name, value in static.items() if name != "value_width"}
+    values = floats[1][..., : case.shape.V] if case.absorbed else floats[2]
+    slopes = None if slopes is None else np.asarray(slopes)
+    want, want_sums = by_hand(*floats[:2], values, jax.device_get(filled), slopes=slopes, **options)
+    assert_close(o, want, "float32")
+    np.testing.assert_array_equal(np.isneginf(sums), np.isneginf(want_sums))
+    assert_close(np.where(np.isneginf(sums), 0, sums), np.where(np.isneginf(want_sums), 0, want_sums), "float32")
 
 
-@pytest.mark.parametrize("name", CONFORMANCE)
-def test_chunked_conforms(name, small_tiles):
-    shape = CONFORMANCE[name]
-    assert_conforms("chunked", *arrays(shape), **shape.options)
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+def test_parts_merge_to_the_whole(implementation, small_tiles):
+    """With gradients; a part in which some queries see nothing, and queries that see nothing anywhere."""
+    qkv, index = ring_of_keys(40)
+    options = {name: jnp.asarray(a) for name, a in index.items()} | {"implementation": implementation}
+
+    def whole(q, k, v):
+        return attention(q, k, v, **options, return_logsumexp=True)
+
+    def in_parts(q, k, v):
+        found = []
+        for part in (slice(0, 25), slice(25, 60), slice(60, 90)):
+            of_part = {name: a[:, part] if name.startswith("kv") else a for name, a in options.items() if name in index}
+            found.append(
+                attention(q, k[:, part], v[:, part], **(options | of_part), return_logsumexp=True)
+            )
+        return merge(*(jnp.stack(results) for results in zip(*found, strict=True)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(function, *qkv):
+        def results(*qkv):
+            o, sums = function(*qkv)
+            return o, jnp.where(jnp.isneginf(sums), 0, sums)
+
+        out, pullback = jax.vjp(results, *qkv)
+        return out, pullback(jax.tree.map(jnp.cos, out))
+
+    assert_close(run(in_parts, *qkv), run(whole, *qkv), "float32 gradient")
 
 
 def packed_ids(rng, batch, length, documents=3):
@@ -74,12 +111,6 @@ def packed_ids(rng, batch, length, documents=3):
     ids[-1, -length // 6 :] = 0
     ids[rng.random((batch, length)) < 0.1] = 0
     return jnp.asarray(ids, jnp.int32)
-
-
-@pytest.mark.parametrize("options", [{}, {"window": 20}])
-def test_packed_documents_conform(options, small_tiles):
-    ids = packed_ids(np.random.default_rng(1), PACKED.B, PACKED.T)
-    assert_conforms("chunked", *arrays(PACKED), segment_ids=ids, **options)
 
 
 def ring_of_keys(length):
@@ -93,33 +124,15 @@ def ring_of_keys(length):
     return arrays(Shape(B=2, T=length, S=90, H=4, G=2, K=8)), {n: a.astype(np.int32) for n, a in index.items()}
 
 
-@pytest.mark.parametrize("length", [1, 40])
-def test_keys_in_any_order(length, small_tiles):
-    qkv, index = ring_of_keys(length)
-    on_device = {name: jnp.asarray(a) for name, a in index.items()}
-    assert_conforms("chunked", *qkv, **on_device, window=70)
-    o, _ = out_and_gradients("chunked", *qkv, **on_device, window=70)
-    assert_close(o, by_hand(*qkv, *index.values(), window=70), "float32")
-
-
 SLOPES = np.array([0.5, 0.0, 2.0, 0.01], np.float32)
-
-
-@pytest.mark.parametrize("length", [1, 40])
-def test_alibi(length, small_tiles):
-    """On keys in any order, of two documents, so that the bias goes by positions; and in heads that share keys."""
-    qkv, index = ring_of_keys(length)
-    on_device = {name: jnp.asarray(a) for name, a in index.items()} | {"alibi_slopes": jnp.asarray(SLOPES)}
-    assert_conforms("chunked", *qkv, **on_device, window=70, soft_cap=2.0)
-    o, _ = out_and_gradients("chunked", *qkv, **on_device, window=70, soft_cap=2.0)
-    assert_close(o, by_hand(*qkv, *index.values(), window=70, soft_cap=2.0, slopes=SLOPES), "float32")
 
 
 def test_alibi_by_index(small_tiles):
     """Without positions: queries are the last keys; and at a million tokens with steep slopes nothing overflows."""
     q, k, v = arrays(Shape(T=40, S=90, H=4, G=2, K=8))
     positions = np.arange(90)[None]
-    want = by_hand(q, k, v, np.ones((1, 40)), np.ones((1, 90)), positions[:, 50:], positions, slopes=SLOPES)
+    index = tiles.Index(np.ones((1, 40)), np.ones((1, 90)), positions[:, 50:], positions)
+    want = by_hand(q, k, v, index, slopes=SLOPES)[0]
     assert_close(compute(q, k, v, alibi_slopes=jnp.asarray(SLOPES)), want, "float32")
     far = {"q_positions": jnp.arange(50, 90, dtype=jnp.int32), "kv_positions": jnp.arange(90, dtype=jnp.int32)}
     far = {name: 20_000 * a for name, a in far.items()}
@@ -298,12 +311,20 @@ def bad_arguments():
         ("alibi_slopes: shape", dict(q=q, k=k, v=v, alibi_slopes=jnp.ones(2))),
         ("alibi_slopes: dtype", dict(q=q, k=k, v=v, alibi_slopes=jnp.ones(4, jnp.int32))),
         ("q_positions: shape", dict(q=q, k=k, v=v, q_positions=kv_ids)),
+        ("value_width=None without v", dict(q=q, k=k, v=None)),
+        ("value_width=4 beside v", dict(q=q, k=k, v=v, value_width=4)),
+        ("value_width=9: expected 1 to 8", dict(q=q, k=k, v=None, value_width=9)),
+        ("block_size=None beside a block_mask", dict(q=q, k=k, v=v, block_mask=jnp.ones((1, 1), bool))),
+        ("block_size=(2, 2) beside no block_mask", dict(q=q, k=k, v=v, block_size=(2, 2))),
+        ("block_size=(0, 2)", dict(q=q, k=k, v=v, block_mask=jnp.ones((2, 3), bool), block_size=(0, 2))),
+        ("block_mask: dtype", dict(q=q, k=k, v=v, block_mask=jnp.ones((2, 3)), block_size=(2, 2))),
+        ("expected (2, 2, 3) or (2, 3)", dict(q=q, k=k, v=v, block_mask=jnp.ones((3, 2), bool), block_size=(2, 2))),
     ]
 
 
 @pytest.mark.parametrize(("message", "arguments"), bad_arguments())
 def test_bad_arguments(message, arguments):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_arguments(**arguments)
 
 
@@ -313,3 +334,5 @@ def test_unknown_implementation():
         attention(q, k, v, implementation="chuncked")
     with pytest.raises(ValueError, match="window=0"):
         attention(q, k, v, window=0)
+    with pytest.raises(ValueError, match="implementation='cudnn': attention by cuDNN needs an NVIDIA GPU, and this is cpu"):
+        attention(q, k, v, implementation="cudnn")
