@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu, tpu
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """platform: "cpu", "gpu" or "tpu". kind: as the driver calls it ("NVIDIA H200", "TPU v5 lite"), "" if interpreted."""
+    """platform: "cpu", "gpu" or "tpu". kind: the driver's name ("NVIDIA H200", "TPU v5 lite"); "" if interpreted."""
 
     platform: str
     kind: str

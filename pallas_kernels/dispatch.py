@@ -43,7 +43,7 @@ def choose_supported(
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"implementation={name!r}: {op} has {', '.join(sorted(implementations))}.{hint}")
     if (reason := why_not(name)) is not None:
-        raise ValueError(f"implementation={name!r}: {op} {reason}; leave it out, and one that supports the call is taken")
+        raise ValueError(f"implementation={name!r}: {op} {reason}; leave it out for one that supports the call")
     return name
 
 

@@ -129,8 +129,8 @@ def check_arguments(
     """Raises the ValueErrors of `attention`."""
     if (v is None) != (value_width is not None):
         raise ValueError(
-            f"value_width={value_width!r} {'without' if v is None else 'beside'} v: expected the values v, or v=None and "
-            "how many channels of the keys are the values"
+            f"value_width={value_width!r} {'without' if v is None else 'beside'} v: expected the values v, or v=None "
+            "and how many channels of the keys are the values"
         )
     if v is None and not 0 < value_width <= k.shape[-1]:
         raise ValueError(f"value_width={value_width!r}: expected 1 to {k.shape[-1]}, the width of the keys")
@@ -188,8 +188,8 @@ def check_arguments(
 def _check_blocks(block_mask, block_size, batch, length, kv_length) -> None:
     if (block_mask is None) != (block_size is None):
         raise ValueError(
-            f"block_size={block_size!r} {'beside no' if block_mask is None else 'beside a'} block_mask: expected both, the "
-            "mask and how many queries and keys a block has, or neither"
+            f"block_size={block_size!r} {'beside no' if block_mask is None else 'beside a'} block_mask: expected both, "
+            "the mask and how many queries and keys a block has, or neither"
         )
     if block_mask is None:
         return

@@ -18,7 +18,7 @@ def supports(q, k, v, slopes, index, options: Options) -> str | None:
     if not options.plain or slopes is not None or options.soft_cap is not None or options.value_width is not None:
         return "by cuDNN has no ids, positions, block mask, slopes, soft cap or values that are part of the keys"
     if options.causal and q.shape[1] != k.shape[1]:
-        return f"by cuDNN takes the first query for the first key, and there are {q.shape[1]} queries of {k.shape[1]} keys"
+        return f"by cuDNN, causal, needs as many queries as keys, and there are {q.shape[1]} and {k.shape[1]}"
     if options.window is not None and not options.causal:
         return "by cuDNN has windows for causal calls alone"
     width, value_width = q.shape[-1], v.shape[-1]

@@ -17,8 +17,8 @@ def attend(
     index: Index,
     options: Options,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-    """`softmax(soft_cap(scale q k^T) - slopes distance, over the keys that are seen) v`, 0 where no key is seen; and the
-    logarithm of each softmax's sum.
+    """`softmax(soft_cap(scale q k^T) - slopes distance, over the keys that are seen) v`, 0 where no key is seen; and
+    the logarithm of each softmax's sum.
 
     See `api.attention`.
     """
