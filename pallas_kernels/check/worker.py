@@ -1,0 +1,122 @@
+"""Compiles rows for one target and says what the compiler said: the process behind `python -m pallas_kernels.check`.
+
+A process of its own for each target, because the compilers read what they shall dump from the environment when they are
+loaded, print it to the file descriptors themselves, and end the process where they fail badly. Rows come as JSON in the
+first argument; each result is a line of JSON on what was the standard output.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels import targets
+from pallas_kernels.check import llo, ptxas
+
+
+def main(task: dict[str, Any]) -> None:
+    """task: target; folder: for dumps; cases: the module with OPS; rows: (op, shape, pass) each."""
+    target, folder = targets.find(task["target"]), task["folder"]
+    results = os.fdopen(os.dup(1), "w")
+    compiler = GpuCompiler() if target.platform == "gpu" else TpuCompiler(Path(folder))
+    ops = importlib.import_module(task["cases"]).OPS
+    for op, shape, what in task["rows"]:
+        start = time.perf_counter()
+        try:
+            found = compile_row(compiler, target, ops[op], shape, what)
+        except Exception as error:  # whatever a compiler raises: the other rows go on
+            found = {"error": "".join(traceback.format_exception_only(error)).strip()}
+        print(json.dumps(found | {"seconds": round(time.perf_counter() - start, 2)}), file=results, flush=True)
+
+
+def environment(target: targets.Gpu | targets.Tpu, folder: str) -> dict[str, str]:
+    """What has to stand in the environment of the process; the package itself imports JAX. folder: for dumps."""
+    return targets.environment(target) | (ptxas.DUMPS if target.platform == "gpu" else llo.dumps(folder))
+
+
+def compile_row(compiler: Any, target: Any, op: Any, shape: str, what: str) -> dict[str, Any]:
+    from pallas_kernels.check.cases import program
+    from pallas_kernels.dispatch import recording_defaults
+
+    function, arguments = program(op, op.shapes[shape], what)
+    with recording_defaults() as chosen:
+        compiled, kernels = compiler(lambda: targets.compile(function, arguments, target))
+    memory = compiled.memory_analysis()
+    return {
+        "implementation": " ".join(dict.fromkeys(chosen)),
+        "kernels": kernels,
+        "memory": {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")},
+    }
+
+
+class GpuCompiler:
+    """Keeps what was said of every kernel: the compiler says it once in a process."""
+
+    def __init__(self):
+        self.known: dict[str, ptxas.Kernel] = {}
+
+    def __call__(self, compile: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
+        with printed() as text:
+            compiled = compile()
+            said = text()
+        new = ptxas.kernels(said)
+        calls = ptxas.calls(compiled.as_text())
+        for name, digest in calls:
+            if digest not in self.known:
+                same = [kernel for kernel in new if kernel.name.startswith(f"{name}_mosaic_gpu")] or new
+                if not same:
+                    raise RuntimeError(f"the assembler said nothing of the kernel {name}, or what it says has changed")
+                self.known[digest] = same[0]
+                new.remove(same[0])
+        kernels = [dataclasses.asdict(self.known[digest]) for _, digest in calls]
+        shared = ptxas.shared_memory(said)
+        return compiled, [kernel | {"shared_memory": shared} for kernel in kernels]
+
+
+class TpuCompiler:
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, compile: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
+        with printed():
+            compiled = compile()
+        kernels = [dataclasses.asdict(llo.kernel(name, self.folder)) for name in llo.calls(compiled.as_text())]
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return compiled, kernels
+
+
+@contextlib.contextmanager
+def printed() -> Iterator[Callable[[], str]]:
+    """What is written to the file descriptors 1 and 2 inside, by whatever code, goes to a file; gives what reads it."""
+    sys.stdout.flush()
+    saved = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile() as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+
+        def text() -> str:
+            sys.stdout.flush()
+            stream.seek(0)
+            return stream.read().decode(errors="replace")
+
+        try:
+            yield text
+        finally:
+            sys.stdout.flush()
+            for number, old in enumerate(saved, start=1):
+                os.dup2(old, number)
+                os.close(old)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
