@@ -105,8 +105,12 @@ def find(name: str) -> Gpu | Tpu:
 
 def environment(target: Gpu | Tpu) -> dict[str, str]:
     """What has to stand in os.environ when JAX is imported: no accelerator of this machine is started or asked for."""
-    ours = {"JAX_PLATFORMS": "cpu"}
-    return ours | ({"CUDA_VISIBLE_DEVICES": ""} if target.platform == "gpu" else {"TPU_SKIP_MDS_QUERY": "1"})
+    of_platform = {
+        "gpu": {"CUDA_VISIBLE_DEVICES": ""},
+        # no question to the metadata server of a cloud; and where no TPU is opened, no need to be alone with it
+        "tpu": {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+    }
+    return {"JAX_PLATFORMS": "cpu"} | of_platform[target.platform]
 
 
 def check_compilers(target: Gpu | Tpu) -> None:

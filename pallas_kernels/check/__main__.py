@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +50,8 @@ COLUMNS = (
     "target", "op", "shape", "pass", "by", "kernels", "registers", "spills", "shared memory or VMEM", "bundles a step",
     "products", "memory, MB", "s",
 )  # fmt: skip
+Row = tuple[str, str, str]  # op, shape, pass
+
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm")
 
 
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> None:
     sys.exit(1 if bad else 0)
 
 
-def select_rows() -> list[tuple[str, str, str]]:
+def select_rows() -> list[Row]:
     """Raises: ValueError for a name that is not known, naming the nearest."""
     cases = importlib.import_module(CASES.value)
     known = {shape for op in cases.OPS.values() for shape in op.shapes}
@@ -112,22 +114,41 @@ def select_rows() -> list[tuple[str, str, str]]:
     ]
 
 
-def compile_all(target: Any, rows: list[tuple[str, str, str]], report: Callable[[dict[str, Any]], None]) -> None:
+def compile_all(target: Any, rows: list[Row], report: Callable[[dict[str, Any]], None]) -> None:
+    """For a TPU in two rounds: only what has kernels of ours is dumped, which is slow."""
+    found = compile_rows(target, rows, None)
+    again = []
+    for row, result in found:
+        if result.get("dump"):
+            again.append(row)
+        else:
+            report(named(target, row, result))
+    if again:
+        with tempfile.TemporaryDirectory() as folder:
+            for row, result in compile_rows(target, again, folder):
+                report(named(target, row, result))
+
+
+def compile_rows(target: Any, rows: list[Row], folder: str | None) -> Iterator[tuple[Row, dict[str, Any]]]:
     """In processes of their own; where one is ended by its compiler, that row has failed and the others go on."""
     left = list(rows)
     while left:
-        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
+        with tempfile.TemporaryFile() as errors:
             task = {"target": target.name, "folder": folder, "cases": CASES.value, "rows": left}
             command = [sys.executable, "-m", "pallas_kernels.check.worker", json.dumps(task)]
             environment = os.environ | worker.environment(target, folder)
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
             for line in process.stdout:
-                report(dict(zip(("target", "op", "shape", "pass"), (target.name, *left.pop(0)), strict=True)) | json.loads(line))
+                yield left.pop(0), json.loads(line)
             if process.wait() != 0 and left:
                 errors.seek(0)
                 said = errors.read().decode(errors="replace").strip()[-2000:]
-                found = {"error": f"the compiler's process ended with {ending(process.returncode)}: {said}", "seconds": 0}
-                report(dict(zip(("target", "op", "shape", "pass"), (target.name, *left.pop(0)), strict=True)) | found)
+                error = f"the compiler's process ended with {ending(process.returncode)}: {said}"
+                yield left.pop(0), {"error": error, "seconds": 0}
+
+
+def named(target: Any, row: Row, result: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(("target", "op", "shape", "pass"), (target.name, *row), strict=True)) | result
 
 
 def ending(code: int) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?P<label>LH|LB|LE|PB|PF|CT)?\s*:\s?(?P<depth>[> ]*)\{(?P<code>.*)$")
 _ALLOCATION = re.compile(r"#allocation\d+ \[shape = [^\n]*?space=vmem, size = (0x[0-9a-f]+)")
-_CALL = re.compile(r'%(\S+) = [^\n]*? custom-call\([^\n]*?custom_call_target="tpu_custom_call"')
+CALL = "tpu_custom_call"
+_CALL = re.compile(rf'%(\S+) = [^\n]*? custom-call\([^\n]*?custom_call_target="{CALL}"')
 
 
 def dumps(folder: str | Path) -> dict[str, str]:

@@ -24,10 +24,13 @@ from pallas_kernels.check import llo, ptxas
 
 
 def main(task: dict[str, Any]) -> None:
-    """task: target; folder: for dumps; cases: the module with OPS; rows: (op, shape, pass) each."""
-    target, folder = targets.find(task["target"]), task["folder"]
+    """task: target; folder: for dumps, or null; cases: the module with OPS; rows: (op, shape, pass) each.
+
+    A dump of all that XLA makes takes minutes; without a folder, rows with kernels are given back, to be dumped.
+    """
+    target = targets.find(task["target"])
     results = os.fdopen(os.dup(1), "w")
-    compiler = GpuCompiler() if target.platform == "gpu" else TpuCompiler(Path(folder))
+    compiler = GpuCompiler() if target.platform == "gpu" else TpuCompiler(task["folder"])
     ops = importlib.import_module(task["cases"]).OPS
     for op, shape, what in task["rows"]:
         start = time.perf_counter()
@@ -38,9 +41,10 @@ def main(task: dict[str, Any]) -> None:
         print(json.dumps(found | {"seconds": round(time.perf_counter() - start, 2)}), file=results, flush=True)
 
 
-def environment(target: targets.Gpu | targets.Tpu, folder: str) -> dict[str, str]:
-    """What has to stand in the environment of the process; the package itself imports JAX. folder: for dumps."""
-    return targets.environment(target) | (ptxas.DUMPS if target.platform == "gpu" else llo.dumps(folder))
+def environment(target: targets.Gpu | targets.Tpu, folder: str | None) -> dict[str, str]:
+    """What has to stand in the environment of the process; the package itself imports JAX."""
+    dumps = ptxas.DUMPS if target.platform == "gpu" else llo.dumps(folder) if folder else {}
+    return targets.environment(target) | dumps
 
 
 def compile_row(compiler: Any, target: Any, op: Any, shape: str, what: str) -> dict[str, Any]:
@@ -49,7 +53,10 @@ def compile_row(compiler: Any, target: Any, op: Any, shape: str, what: str) -> d
 
     function, arguments = program(op, op.shapes[shape], what)
     with recording_defaults() as chosen:
-        compiled, kernels = compiler(lambda: targets.compile(function, arguments, target))
+        lowered = compiler.lower(lambda: targets.lower(function, arguments, target))
+    if target.platform == "tpu" and compiler.folder is None and llo.CALL in lowered.as_text():
+        return {"dump": True}
+    compiled, kernels = compiler.compile(lowered)
     memory = compiled.memory_analysis()
     return {
         "implementation": " ".join(dict.fromkeys(chosen)),
@@ -63,12 +70,18 @@ class GpuCompiler:
 
     def __init__(self):
         self.known: dict[str, ptxas.Kernel] = {}
+        self.shared_memory: int | None = None
 
-    def __call__(self, compile: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
+    def lower(self, lower: Callable[[], Any]) -> Any:
         with printed() as text:
-            compiled = compile()
-            said = text()
-        new = ptxas.kernels(said)
+            lowered = lower()
+            self.shared_memory = ptxas.shared_memory(text())
+        return lowered
+
+    def compile(self, lowered: Any) -> tuple[Any, list[dict[str, Any]]]:
+        with printed() as text:
+            compiled = lowered.compile()
+            new = ptxas.kernels(text())
         calls = ptxas.calls(compiled.as_text())
         for name, digest in calls:
             if digest not in self.known:
@@ -78,17 +91,22 @@ class GpuCompiler:
                 self.known[digest] = same[0]
                 new.remove(same[0])
         kernels = [dataclasses.asdict(self.known[digest]) for _, digest in calls]
-        shared = ptxas.shared_memory(said)
-        return compiled, [kernel | {"shared_memory": shared} for kernel in kernels]
+        return compiled, [kernel | {"shared_memory": self.shared_memory} for kernel in kernels]
 
 
 class TpuCompiler:
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: str | None):
+        self.folder = None if folder is None else Path(folder)
 
-    def __call__(self, compile: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
+    def lower(self, lower: Callable[[], Any]) -> Any:
         with printed():
-            compiled = compile()
+            return lower()
+
+    def compile(self, lowered: Any) -> tuple[Any, list[dict[str, Any]]]:
+        with printed():
+            compiled = lowered.compile()
+        if self.folder is None:
+            return compiled, []
         kernels = [dataclasses.asdict(llo.kernel(name, self.folder)) for name in llo.calls(compiled.as_text())]
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
