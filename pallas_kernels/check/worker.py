@@ -37,14 +37,15 @@ def main(task: dict[str, Any]) -> None:
         try:
             found = compile_row(compiler, target, ops[op], shape, what)
         except Exception as error:  # whatever a compiler raises: the other rows go on
-            found = {"error": "".join(traceback.format_exception_only(error)).strip()}
+            found = {"error": "".join(traceback.format_exception_only(error)).split("\n----")[0].strip()}
         print(json.dumps(found | {"seconds": round(time.perf_counter() - start, 2)}), file=results, flush=True)
 
 
 def environment(target: targets.Gpu | targets.Tpu, folder: str | None) -> dict[str, str]:
     """What has to stand in the environment of the process; the package itself imports JAX."""
     dumps = ptxas.DUMPS if target.platform == "gpu" else llo.dumps(folder) if folder else {}
-    return targets.environment(target) | dumps
+    # what comes out of a cache was not compiled, and the compiler says nothing about it
+    return targets.environment(target) | dumps | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 def compile_row(compiler: Any, target: Any, op: Any, shape: str, what: str) -> dict[str, Any]:
