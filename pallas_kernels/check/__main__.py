@@ -18,7 +18,6 @@ Exit codes: 0 all compiled (or all is right), no kernel spills; 1 not so; 2 a mi
 
 import concurrent.futures
 import importlib
-import importlib.metadata
 import json
 import os
 import signal
@@ -29,12 +28,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import app, flags
 
 from pallas_kernels import targets
 from pallas_kernels.check import worker
+from pallas_kernels.commands import fail, parse, versions
 
 TARGET = flags.DEFINE_list("target", None, f"Some of {', '.join(targets.TARGETS)}; all, if not given.")
 OPS = flags.DEFINE_list("ops", None, "Some of the ops; all, if not given.")
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     if OUT.value:
         order = [target.name for target in chosen]
         done.sort(key=lambda row: order.index(row["target"]))
-        Path(OUT.value).write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "versions": versions(), "rows": done}, indent=1) + "\n")
+        Path(OUT.value).write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "versions": versions(PACKAGES), "rows": done}, indent=1) + "\n")
     bad = [f"{' '.join(identity(row))}: {problem}" for row in done if (problem := what_is_wrong(row))]
     print(f"\n{len(done)} rows, {len(bad)} of them wrong" + "".join(f"\n  {line}" for line in bad))
     sys.exit(1 if bad else 0)
@@ -195,33 +195,6 @@ def cells(row: dict[str, Any]) -> list[str]:
         " + ".join(f"{memory[name] / 1e6:.0f}" for name in ("argument", "output", "temp")),
         f"{row['seconds']:.1f}",
     ]
-
-
-def versions() -> dict[str, str]:
-    found = {package: _version(package) for package in PACKAGES}
-    return {package: version for package, version in found.items() if version is not None}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse(argv: list[str]) -> list[str]:
-    if {"--help", "-help", "-h"} & set(argv):
-        app.usage(shorthelp=True, writeto_stdout=True)
-        sys.exit(0)
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        fail(f"{error} See --help.")
 
 
 if __name__ == "__main__":

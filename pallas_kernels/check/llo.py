@@ -33,7 +33,7 @@ class Kernel:
 
     bundles: of the whole. step: those of a step of the grid, inner loops counted once (all of them, where there is no
     grid). loops: the bundles of each loop inside a step. products: of a step's bundles, the share that starts a matrix
-    product. spills, fills: vector registers that are stored and loaded again for want of registers, at one pass
+    product (with libtpu 0.0.50 and before: or loads weights for one). spills, fills: vector registers that are stored and loaded again for want of registers, at one pass
     through all of the code.
     """
 
@@ -62,13 +62,14 @@ def kernel(name: str, folder: Path) -> Kernel:
     inside = tuple(end - start for spans in whole.values() for start, end in spans if first <= start < last)
     step = used[first:last]
     column = {slot: number for number, slot in enumerate(slots)}
+    units = column.get("MATMUL", column.get("MXU"))  # libtpu 0.0.50 counts products and the loading of weights together
     return Kernel(
         name=name,
         vmem=sum(int(size, 16) for size in allocations),
         bundles=len(bundles),
         step=last - first,
         loops=inside,
-        products=sum(row[column["MATMUL"]] > 0 for row in step) / max(len(step), 1),
+        products=sum(row[units] > 0 for row in step) / max(len(step), 1),
         spills=sum(row[column["VSTORE:SPILL"]] for row in used),
         fills=sum(row[column["VLOAD:FILL"]] for row in used),
     )
