@@ -20,20 +20,17 @@ import concurrent.futures
 import importlib
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
 from pallas_kernels import targets
-from pallas_kernels.check import worker
+from pallas_kernels.check.processes import Row, compile_all
 from pallas_kernels.commands import fail, parse, versions
 
 TARGET = flags.DEFINE_list("target", None, f"Some of {', '.join(targets.TARGETS)}; all, if not given.")
@@ -50,8 +47,6 @@ COLUMNS = (
     "target", "op", "shape", "pass", "by", "kernels", "registers", "spills", "shared memory or VMEM", "bundles a step",
     "products", "memory, MB", "s",
 )  # fmt: skip
-Row = tuple[str, str, str]  # op, shape, pass
-
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm")
 
 
@@ -84,7 +79,7 @@ def main(argv: list[str]) -> None:
             print(f"| {' | '.join(cells(row))} |", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(JOBS.value) as pool:
-        list(pool.map(lambda target: compile_all(target, rows, report), chosen))
+        list(pool.map(lambda target: compile_all(target, CASES.value, rows, report), chosen))
     if OUT.value:
         order = [target.name for target in chosen]
         done.sort(key=lambda row: order.index(row["target"]))
@@ -112,47 +107,6 @@ def select_rows() -> list[Row]:
         if SHAPES.value is None or shape in SHAPES.value
         for what in passes(op.shapes[shape])[: 1 if QUICK.value else None]
     ]
-
-
-def compile_all(target: Any, rows: list[Row], report: Callable[[dict[str, Any]], None]) -> None:
-    """For a TPU in two rounds: only what has kernels of ours is dumped, which is slow."""
-    found = compile_rows(target, rows, None)
-    again = []
-    for row, result in found:
-        if result.get("dump"):
-            again.append(row)
-        else:
-            report(named(target, row, result))
-    if again:
-        with tempfile.TemporaryDirectory() as folder:
-            for row, result in compile_rows(target, again, folder):
-                report(named(target, row, result))
-
-
-def compile_rows(target: Any, rows: list[Row], folder: str | None) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """In processes of their own; where one is ended by its compiler, that row has failed and the others go on."""
-    left = list(rows)
-    while left:
-        with tempfile.TemporaryFile() as errors:
-            task = {"target": target.name, "folder": folder, "cases": CASES.value, "rows": left}
-            command = [sys.executable, "-m", "pallas_kernels.check.worker", json.dumps(task)]
-            environment = os.environ | worker.environment(target, folder)
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-            for line in process.stdout:
-                yield left.pop(0), json.loads(line)
-            if process.wait() != 0 and left:
-                errors.seek(0)
-                said = errors.read().decode(errors="replace").strip()[-2000:]
-                error = f"the compiler's process ended with {ending(process.returncode)}: {said}"
-                yield left.pop(0), {"error": error, "seconds": 0}
-
-
-def named(target: Any, row: Row, result: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(("target", "op", "shape", "pass"), (target.name, *row), strict=True)) | result
-
-
-def ending(code: int) -> str:
-    return f"exit code {code}" if code > 0 else signal.Signals(-code).name
 
 
 def identity(row: dict[str, Any]) -> list[str]:
