@@ -41,8 +41,8 @@ device_description_str: "{kind}"
 class Gpu:
     """kind: as the driver calls it. cores: streaming multiprocessors, each of so many float32 lanes.
 
-    bandwidth: bytes per second. memory, l2, shared_memory (of a core, and the most that a block can have): bytes. clock:
-    GHz.
+    bandwidth: bytes per second. memory, l2, shared_memory (of a core, and the most that a block can have): bytes.
+    clock: GHz.
     """
 
     name: str
@@ -75,7 +75,8 @@ TARGETS: dict[str, Gpu | Tpu] = {
     for target in (
         Gpu("h100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 84_929_347_584, 3_352_320_000_000, 52_428_800),
         Gpu("h200", "NVIDIA H200", (9, 0), 132, 128, 1.98, 150_754_820_096, 4_800_000_000_000, 62_914_560),
-        Gpu("a100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 84_974_239_744, 2_039_000_000_000, 41_943_040, 167_936, 166_912),
+        Gpu("a100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 84_974_239_744, 2_039_000_000_000, 41_943_040,
+            shared_memory=167_936, shared_memory_of_block=166_912),
         Gpu("b200", "NVIDIA B200", (10, 0), 148, 128, 1.965, 191_501_959_168, 8_000_000_000_000, 132_644_864),
         Tpu("v5e", "TPU v5 lite", "v5e:2x2", 1.5),
         Tpu("v5p", "TPU v5", "v5p:2x2x1", 1.75),
@@ -166,16 +167,24 @@ def lower(function: Callable, arguments: tuple, target: Gpu | Tpu) -> Any:
     import jax
 
     check_compilers(target)
-    device = mesh(target)
-    here = jax.sharding.NamedSharding(device, jax.sharding.PartitionSpec())
+    here = jax.sharding.NamedSharding(mesh(target), jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), arguments)
-    with jax.sharding.use_abstract_mesh(device.abstract_mesh), _cudnn_of(target):
+    with tracing(target):
         return jax.jit(function).lower(*placed)
 
 
 def compile(function: Callable, arguments: tuple, target: Gpu | Tpu) -> Any:
     """The function, compiled for a target; see `lower`."""
     return lower(function, arguments, target).compile()
+
+
+@contextlib.contextmanager
+def tracing(target: Gpu | Tpu) -> Iterator[None]:
+    """Inside, functions are traced as on the target."""
+    import jax
+
+    with jax.sharding.use_abstract_mesh(mesh(target).abstract_mesh), _cudnn_of(target):
+        yield
 
 
 @contextlib.contextmanager

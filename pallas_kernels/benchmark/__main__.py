@@ -3,8 +3,8 @@
     python -m pallas_kernels.benchmark attention                                    8 minutes on a GPU
     python -m pallas_kernels.benchmark attention --lengths=512 --quick              anywhere
 
-The rows go in the order of their importance; those for which the time does not suffice are named at the end, as not run.
-What was measured goes to pallas_kernels/<op>/measured/<device>-<date>.json, with device and versions.
+The rows go in the order of their importance; those for which the time does not suffice are named at the end, as not
+run. What was measured goes to pallas_kernels/<op>/measured/<device>-<date>.json, with device and versions.
 
 Exit codes: 0 measured; 1 no row could be; 2 a mistake in the command.
 """
@@ -25,10 +25,21 @@ from pallas_kernels.targets import nearest
 
 # name -> module with `rows(lengths, tokens of a call)`, `measure(row, peaks)` and the default LENGTHS
 PARTS = {"attention": attention}
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu", "nvidia-cudnn-cu13", "torch", "jax-linear-attention")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "jax-cuda12-plugin",
+    "libtpu",
+    "nvidia-cudnn-cu13",
+    "torch",
+    "jax-linear-attention",
+)
 
 LENGTHS = flags.DEFINE_list("lengths", None, "Numbers of tokens; the part's own, if not given.")
-QUICK = flags.DEFINE_bool("quick", False, "The first three rows alone, one row to a call, and small products for the peak.")
+QUICK = flags.DEFINE_bool(
+    "quick", False, "The first three rows alone, one row to a call, and small products for the peak."
+)
 BUDGET = flags.DEFINE_float("budget", 420, "Seconds after which no row is begun.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "Where the results go instead.")
 
@@ -56,7 +67,10 @@ def main(argv: list[str]) -> None:
     }
     date = time.strftime("%Y-%m-%d")
     print(f"{device.device_kind}, JAX {jax.__version__}, {date}")
-    print(f"matrix product {peaks['matrix product'] / 1e12:.4g} TFLOP/s, copy {peaks['copy'] / 1e9:.4g} GB/s\n", flush=True)
+    print(
+        f"matrix product {peaks['matrix product'] / 1e12:.4g} TFLOP/s, copy {peaks['copy'] / 1e9:.4g} GB/s\n",
+        flush=True,
+    )
     todo = part.rows(lengths, min(lengths))[:3] if QUICK.value else part.rows(lengths)
     done: list[dict[str, Any]] = []
     while todo and time.monotonic() - start < BUDGET.value:
@@ -69,8 +83,13 @@ def main(argv: list[str]) -> None:
     out = Path(OUT.value) if OUT.value else default_path(argv[1], device.device_kind, date)
     out.parent.mkdir(parents=True, exist_ok=True)
     saved = {
-        "device": device.device_kind, "date": date, "versions": versions(PACKAGES), "peaks": peaks, "rows": done, "not run": left
-    }  # fmt: skip
+        "device": device.device_kind,
+        "date": date,
+        "versions": versions(PACKAGES),
+        "peaks": peaks,
+        "rows": done,
+        "not run": left,
+    }
     out.write_text(json.dumps(saved, indent=1) + "\n")
     print(f"\nsaved to {out}")
     sys.exit(0 if any("lcr" in row and not isinstance(row["lcr"], str) for row in done) else 1)

@@ -1,8 +1,8 @@
 """`python -m pallas_kernels.benchmark attention`: ours beside cuDNN, PyTorch and jax-linear-attention on this device.
 
-Inputs are random, in bfloat16 (float32 on a CPU); batches are such that a call has 16,384 tokens, or one row. TFLOP/s count both
-products of the scores that are seen; a backward pass is 2.5 times a forward pass. Decoding is one token for each of eight rows:
-GB/s count the cache, read once.
+Inputs are random, in bfloat16 (float32 on a CPU); batches are such that a call has 16,384 tokens, or one row. TFLOP/s
+count both products of the scores that are seen; a backward pass is 2.5 times a forward pass. Decoding is one token for
+each of eight rows: GB/s count the cache, read once.
 """
 
 import dataclasses
@@ -70,10 +70,17 @@ def rows(lengths: tuple[int, ...], tokens: int = TOKENS) -> list[Row]:
         batch = max(1, tokens // length)
         for place, (name, shape) in enumerate(VARIANTS.items()):
             for backward in (False, True):
-                where = 0 if length == TOKENS and place < 2 else 1 if place == 0 else 2 if length == TOKENS else 3 + place
+                where = (
+                    0 if length == TOKENS and place < 2 else 1 if place == 0 else 2 if length == TOKENS else 3 + place
+                )
                 found.append((where, Row(name, length, shape(B=batch, T=length), backward)))
         for place, (name, shape) in enumerate(DECODING.items()):
-            found.append((0 if length == max(lengths) and place < 2 else 1 + place, Row(name, length, shape(S=length), latent="latent" in name)))
+            found.append(
+                (
+                    0 if length == max(lengths) and place < 2 else 1 + place,
+                    Row(name, length, shape(S=length), latent="latent" in name),
+                )
+            )
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -167,7 +174,10 @@ def torch_sdpa(row: Row) -> tuple[Callable[[int], Any], Callable[[Any], Any]] | 
     shape = row.shape
     sizes = [(b, h, t, d) for b, t, h, d in (shape.q, shape.k, shape.v)]
     count = timing.sets_of(sizes, 2)
-    sets = [[torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=row.backward) for size in sizes] for _ in range(count)]
+    sets = [
+        [torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=row.backward) for size in sizes]
+        for _ in range(count)
+    ]
     attend = functools.partial(
         torch.nn.functional.scaled_dot_product_attention, is_causal=shape.causal, enable_gqa=shape.H != shape.G
     )

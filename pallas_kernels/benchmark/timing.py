@@ -37,7 +37,9 @@ def _seconds(call: Callable[[int], Any], calls: int, wait: Callable[[Any], Any])
 
 def inputs(shapes: Sequence[tuple[int, ...]], dtype: Any, sets: int) -> list[tuple[jax.Array, ...]]:
     """Standard normal arrays of the shapes, so many times."""
-    make = jax.jit(lambda key: tuple(jax.random.normal(jax.random.fold_in(key, i), s, dtype) for i, s in enumerate(shapes)))
+    make = jax.jit(
+        lambda key: tuple(jax.random.normal(jax.random.fold_in(key, i), s, dtype) for i, s in enumerate(shapes))
+    )
     return [make(jax.random.key(number)) for number in range(sets)]
 
 

@@ -5,11 +5,12 @@
     python -m pallas_kernels.check --run                                        the conformance suite on this device
     python -m pallas_kernels.check --rivals --target=v5e,v6e                    static cycles beside JAX's own kernels
 
-A row is one op at one shape, forward or forward and backward, by the implementation that is the default on the target. Its
-columns: the kernels of ours in it (none where XLA or cuDNN does it all); of GPU kernels the registers of a thread, bytes
-spilled, bytes of shared memory, and matrix instructions of Hopper in the code (where nvidia-cuda-nvdisasm is installed); of
-TPU kernels the bytes of VMEM, the bundles of a grid step (and of the loops in it), the share of them that starts a matrix product,
-and registers spilled; bytes of arguments, results and temporaries; seconds to compile.
+A row is one op at one shape, forward or forward and backward, by the implementation that is the default on the
+target. Its columns: the kernels of ours in it (none where XLA or cuDNN does it all); of GPU kernels the registers of a
+thread, bytes spilled, bytes of shared memory (of the kernel that asks for most), and matrix instructions of Hopper in
+the code (where nvidia-cuda-nvdisasm is installed); of TPU kernels the registers spilled, bytes of VMEM, the bundles of
+a grid step (and of the loops in it), and the share of them that starts a matrix product; bytes of arguments, results and
+temporaries; seconds to compile.
 
 The compilers come with `pip install -e .[check]`.
 
@@ -83,7 +84,10 @@ def main(argv: list[str]) -> None:
     if OUT.value:
         order = [target.name for target in chosen]
         done.sort(key=lambda row: order.index(row["target"]))
-        Path(OUT.value).write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "versions": versions(PACKAGES), "rows": done}, indent=1) + "\n")
+        Path(OUT.value).write_text(
+            json.dumps({"date": time.strftime("%Y-%m-%d"), "versions": versions(PACKAGES), "rows": done}, indent=1)
+            + "\n"
+        )
     bad = [f"{' '.join(identity(row))}: {problem}" for row in done if (problem := what_is_wrong(row))]
     print(f"\n{len(done)} rows, {len(bad)} of them wrong" + "".join(f"\n  {line}" for line in bad))
     sys.exit(1 if bad else 0)

@@ -1,8 +1,8 @@
 """The conformance suite on the device that is here: `python -m pallas_kernels.check --run`.
 
-Every case by every implementation that supports it on this device, in the dtypes that the device is made for. The memory that
-a result may come to lie in is filled with NaN before, so that what is never written shows; each case runs twice, and
-nothing may differ.
+Every case by every implementation that supports it on this device, in the dtypes that the device is made for. The
+memory that a result may come to lie in is filled with NaN before, so that what is never written shows; each case runs
+twice, and nothing may differ.
 """
 
 import time

@@ -1,7 +1,7 @@
 """What the TPU compiler says about a kernel: the static schedule in the files that it dumps.
 
-It writes them to the folder of `dumps(folder)`, which has to stand in the environment before JAX is imported. A bundle is
-what the core starts in one cycle, so that the bundles of a loop are its cycles where nothing stalls.
+It writes them to the folder of `dumps(folder)`, which has to stand in the environment before JAX is imported. A bundle
+is what the core starts in one cycle, so that the bundles of a loop are its cycles where nothing stalls.
 """
 
 import dataclasses
@@ -17,8 +17,13 @@ CALL = "tpu_custom_call"
 _CALL = re.compile(rf'%(\S+) = [^\n]*? custom-call\([^\n]*?custom_call_target="{CALL}"')
 
 
+# All of its seventy phases take a multiple of the time to compile.
+PHASES = ".*(post-delay-converter|final_hlo|final_bundles).*"
+
+
 def dumps(folder: str | Path) -> dict[str, str]:
-    return {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"}
+    arguments = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={PHASES}"
+    return {"LIBTPU_INIT_ARGS": arguments}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +40,11 @@ class Kernel:
     """vmem: bytes that it allocates, windows of its operands included.
 
     bundles: of the whole. step: those of a step of the grid, inner loops counted once (all of them, where there is no
-    grid). loops: the bundles of each loop inside a step. steps: how often the loop over the grid runs, its steps and what
-    fills and drains its pipeline; 1 without a grid. tiles: the bundles of each part of a step that has matrix products and
-    does not run once in every step: a loop, or what is skipped on a condition. products: of a step's bundles, the share that starts a matrix
-    product (with libtpu 0.0.50 and before: or loads weights for one). spills, fills: vector registers that are stored and loaded again for want of registers, at one pass
-    through all of the code.
+    grid). loops: the bundles of each loop inside a step. steps: how often the loop over the grid runs, its steps and
+    what fills and drains its pipeline; 1 without a grid. tiles: the bundles of each part of a step that has matrix
+    products and does not run once in every step: a loop, or what is skipped on a condition. products: of a step's
+    bundles, the share that starts a matrix product (with libtpu 0.0.50 and before: or loads weights for one). spills,
+    fills: vector registers that are stored and loaded again for want of registers, at one pass through all of the code.
     """
 
     name: str
@@ -70,7 +75,9 @@ def kernel(name: str, folder: Path) -> Kernel:
     units = column.get("MATMUL", column.get("MXU"))  # libtpu 0.0.50 counts products and the loading of weights together
     step = used[first:last]
     inner = [(start, end) for spans in whole.values() for start, end in spans if first <= start < last]
-    spans = inner + [span for span in skipped(bundles) if first < span[0] and span[1] <= last and not within(span, inner)]
+    spans = inner + [
+        span for span in skipped(bundles) if first < span[0] and span[1] <= last and not within(span, inner)
+    ]
     spans = [span for span in spans if any(row[units] for row in used[slice(*span)])]
     tiles = sorted(span for span in spans if not any(within(other, [span]) for other in spans))
     return Kernel(
@@ -100,7 +107,9 @@ def read_bundles(text: str) -> list[Bundle]:
 def skipped(bundles: list[Bundle]) -> list[tuple[int, int]]:
     """What branches forward may leave out: where it begins, and the first bundle after it."""
     starts = {int(n): at for at, bundle in enumerate(bundles) for n in _START.findall(bundle.code)}
-    branches = ((at + 1, starts.get(int(n), 0)) for at, bundle in enumerate(bundles) for n in _BRANCH.findall(bundle.code))
+    branches = (
+        (at + 1, starts.get(int(n), 0)) for at, bundle in enumerate(bundles) for n in _BRANCH.findall(bundle.code)
+    )
     return [(start, end) for start, end in branches if end > start]
 
 
@@ -135,11 +144,17 @@ def read_utilization(text: str) -> tuple[list[str], list[list[int]]]:
     """The names of the slots, and how many of each every bundle uses."""
     lines = text.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("== UTILIZATION"))
-    return [slot.strip() for slot in lines[1].split(",")], [[int(n) for n in line.split()] for line in lines[start + 1 :] if line]
+    return [slot.strip() for slot in lines[1].split(",")], [
+        [int(n) for n in line.split()] for line in lines[start + 1 :] if line
+    ]
 
 
 def _file(folder: Path, name: str, phase: str) -> Path:
-    found = [path for path in folder.iterdir() if re.fullmatch(rf"\d+-{re.escape(name)}-\d+-{re.escape(phase)}\.txt", path.name)]
+    found = [
+        path
+        for path in folder.iterdir()
+        if re.fullmatch(rf"\d+-{re.escape(name)}-\d+-{re.escape(phase)}\.txt", path.name)
+    ]
     if not found:
         raise FileNotFoundError(f"{folder}: no file {phase} of the kernel {name}")
     return max(found)

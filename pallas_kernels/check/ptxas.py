@@ -1,7 +1,7 @@
 """What NVIDIA's assembler says about the kernels of Mosaic GPU.
 
-Mosaic GPU prints it to the file descriptors 1 and 2 when DUMPS stand in the environment before JAX is imported, each kernel once in
-a process: one that was compiled before is taken from memory, silently.
+Mosaic GPU prints it to the file descriptors 1 and 2 when DUMPS stand in the environment before JAX is imported, each
+kernel once in a process: one that was compiled before is taken from memory, silently.
 """
 
 import dataclasses
@@ -33,7 +33,9 @@ class Kernel:
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>[^']+)' for '(?P<architecture>[^']+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
-_WARNING = re.compile(r"^ptxas (?:warning|info)\s*:\s*(?P<text>(?:\(C\d+\) )?.*(?:Potential Performance Loss|setmaxnreg).*)$")
+_WARNING = re.compile(
+    r"^ptxas (?:warning|info)\s*:\s*(?P<text>(?:\(C\d+\) )?.*(?:Potential Performance Loss|setmaxnreg).*)$"
+)
 _CODE = re.compile(r"^\s*\.section\s+\.text\.(?P<name>\w+)")
 
 
@@ -61,7 +63,9 @@ def kernels(text: str) -> list[Kernel]:
         elif code is not None and "HGMMA" in line:
             code[-1] += 1
     whole = [kernel for kernel in found if "registers" in kernel]
-    return [Kernel(**kernel, hgmma=next(iter(products.get(kernel["name"], [])[i:]), None)) for i, kernel in _numbered(whole)]
+    return [
+        Kernel(**kernel, hgmma=next(iter(products.get(kernel["name"], [])[i:]), None)) for i, kernel in _numbered(whole)
+    ]
 
 
 def _numbered(found: list[dict]) -> list[tuple[int, dict]]:
@@ -77,5 +81,7 @@ def shared_memory(text: str) -> int | None:
 
 def calls(program: str) -> list[tuple[str, str]]:
     """(name, hash) of the Mosaic GPU kernels that a compiled program calls. program: its text."""
-    found = re.findall(r'custom_call_target="mosaic_gpu[^\n]*?op_name="([^"]*)"[^\n]*?kernel_hash = ("(?:[^"\\]|\\.)*")', program)
+    found = re.findall(
+        r'custom_call_target="mosaic_gpu[^\n]*?op_name="([^"]*)"[^\n]*?kernel_hash = ("(?:[^"\\]|\\.)*")', program
+    )
     return [(name.split("/")[-2] if "/" in name else name, digest) for name, digest in found]

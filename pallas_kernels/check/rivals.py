@@ -5,9 +5,9 @@ stalls), 8 heads of 128, causal, bfloat16:
 
     cycles = steps x (bundles of a step outside its tiles) + sum over the tiles that are visited of the tile's bundles
 
-steps: how often the loop over the grid runs, by its exit test: those in which nothing is seen are among them. tile: a loop in
-the step, or what is skipped on a condition, that has matrix products. Where a step has two of them, the first is for tiles
-of which all is seen, the second for those that the mask cuts.
+steps: how often the loop over the grid runs, by its exit test: those in which nothing is seen are among them. tile: a
+loop in the step, or what is skipped on a condition, that has matrix products. Where a step has two of them, the first
+is for tiles of which all is seen, the second for those that the mask cuts.
 """
 
 import functools
@@ -30,7 +30,14 @@ from pallas_kernels.commands import versions
 LENGTHS = (4_096, 16_384)
 SHAPES = {f"{length:,}": Shape(T=length, H=8, G=8, K=128) for length in LENGTHS}
 FLASH = ((256, 512), (512, 512), (512, 1024), (1024, 512), (1024, 1024))  # queries, keys
-SPLASH = ((512, 512, 512), (512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024), (1024, 2048, 512), (2048, 2048, 512))
+SPLASH = (
+    (512, 512, 512),
+    (512, 1024, 512),
+    (1024, 1024, 512),
+    (1024, 1024, 1024),
+    (1024, 2048, 512),
+    (2048, 2048, 512),
+)
 MEASURED = Path(__file__).parents[1] / "attention" / "measured"
 OURS = "mosaic_tpu"
 
@@ -69,9 +76,14 @@ def ours(shape: Shape) -> Call:
 
 OPS = {
     **({"lcr": Op(SHAPES, ours, ())} if OURS in api.IMPLEMENTATIONS else {}),
-    **{f"flash {' x '.join(map(str, b))}": Op(SHAPES, functools.partial(flash, queries=b[0], keys=b[1]), ()) for b in FLASH},
     **{
-        f"splash {' x '.join(map(str, b))}": Op(SHAPES, functools.partial(splash, queries=b[0], keys=b[1], part=b[2]), ())
+        f"flash {' x '.join(map(str, b))}": Op(SHAPES, functools.partial(flash, queries=b[0], keys=b[1]), ())
+        for b in FLASH
+    },
+    **{
+        f"splash {' x '.join(map(str, b))}": Op(
+            SHAPES, functools.partial(splash, queries=b[0], keys=b[1], part=b[2]), ()
+        )
         for b in SPLASH
     },
 }
@@ -82,7 +94,10 @@ def compare(targets: list[Any], quick: bool) -> int:
     rows = [(op, shape, what) for shape in SHAPES for what in PASSES for op in OPS]
     rows = [row for row in rows if not quick or row[1:] == ("4,096", "forward")]
     found: list[dict[str, Any]] = []
-    print("| target | tokens | pass | kernels | block sizes | cycles | of the best rival's | spills |\n|" + " --- |" * 8, flush=True)
+    print(
+        "| target | tokens | pass | kernels | block sizes | cycles | of the best rival's | spills |\n|" + " --- |" * 8,
+        flush=True,
+    )
     for target in targets:
         counted: list[dict[str, Any]] = []
         compile_all(target, __name__, rows, lambda row, counted=counted: counted.append(count(row)))
@@ -93,13 +108,17 @@ def compare(targets: list[Any], quick: bool) -> int:
     out = MEASURED / f"static_cycles_{'_'.join(target.name for target in targets)}.json"
     packages = versions(("jax", "jaxlib", "libtpu"))
     if not quick:
-        out.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "versions": packages, "rows": found}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({"date": time.strftime("%Y-%m-%d"), "versions": packages, "rows": found}, indent=1) + "\n"
+        )
         print(f"\nsaved to {out}")
     if "lcr" not in OPS:
         print(f"\nno kernel of ours: attention has no implementation {OURS!r} here")
     failed = [row for row in found if row["cycles"] is None]
     for row in failed:
-        print(f"not counted: {row['target']} {row['op']} {row['shape']} {row['pass']}: {row['error'].splitlines()[0][:200]}")
+        print(
+            f"not counted: {row['target']} {row['op']} {row['shape']} {row['pass']}: {row['error'].splitlines()[0][:200]}"
+        )
     return int(any(row["op"] == "lcr" for row in failed))
 
 
@@ -122,7 +141,7 @@ def cycles_of(kernel: dict[str, Any], shape: Shape, queries: int, keys: int) -> 
     visited, cut = (shape.B * shape.H * number for number in causal_tiles(shape.T, queries, keys))
     visits = {0: (), 1: (visited,), 2: (visited - cut, cut)}.get(len(tiles))
     if visits is None:
-        raise ValueError(f"{kernel['name']}: {len(tiles)} parts of a step have matrix products; how often each runs is not known")
+        raise ValueError(f"{kernel['name']}: {len(tiles)} parts of a step have matrix products; expected two at most")
     outside = kernel["step"] - sum(tiles)
     return kernel["steps"] * outside + sum(size * number for size, number in zip(tiles, visits, strict=True))
 
@@ -142,7 +161,9 @@ def tile_of(op: str, shape: Shape) -> tuple[int, int]:
     if op != "lcr":
         queries, keys, *_ = (int(number) for number in op.split(" ", 1)[1].split(" x "))
         return queries, keys
-    grid = importlib.import_module(f"pallas_kernels.attention.{OURS}")._grid(*attention(shape)[1][:2], Options(scale=1.0))
+    grid = importlib.import_module(f"pallas_kernels.attention.{OURS}")._grid(
+        *attention(shape)[1][:2], Options(scale=1.0)
+    )
     return grid.tokens, grid.keys
 
 
@@ -153,6 +174,8 @@ def report(rows: list[dict[str, Any]]) -> None:
         best.setdefault(row["op"].split()[0], row)
     least = min((row["cycles"] for kind, row in best.items() if kind != "lcr"), default=math.nan)
     for kind, row in sorted(best.items(), key=lambda pair: list(OPS).index(pair[1]["op"])):
-        sizes = " x ".join(map(str, tile_of("lcr", SHAPES[row["shape"]]))) if kind == "lcr" else row["op"].split(" ", 1)[1]
+        sizes = (
+            " x ".join(map(str, tile_of("lcr", SHAPES[row["shape"]]))) if kind == "lcr" else row["op"].split(" ", 1)[1]
+        )
         numbers = f"{row['cycles']:,} | {row['cycles'] / least:.2f} | {row['spills']}"
         print(f"| {row['target']} | {row['shape']} | {row['pass']} | {kind} | {sizes} | {numbers} |", flush=True)

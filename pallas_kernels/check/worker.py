@@ -52,7 +52,8 @@ def compile_row(compiler: Any, target: Any, op: Any, shape: str, what: str) -> d
     from pallas_kernels.check.cases import program
     from pallas_kernels.dispatch import recording_defaults
 
-    function, arguments = program(op, op.shapes[shape], what)
+    with targets.tracing(target):
+        function, arguments = program(op, op.shapes[shape], what)
     with recording_defaults() as chosen:
         lowered = compiler.lower(lambda: targets.lower(function, arguments, target))
     if target.platform == "tpu" and compiler.folder is None and llo.CALL in lowered.as_text():

@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """Sizes by letter (G: None is H); `decay` is "channel" (`[B, T, H, K]`), "token" (`[B, T, H]`), "head" (`[H]`) or "none"."""
+    """Sizes by letter (G, heads of keys and queries: None is H).
+
+    `decay` is "channel" (`[B, T, H, K]`), "token" (`[B, T, H]`), "head" (`[H]`) or "none".
+    """
 
     B: int
     T: int

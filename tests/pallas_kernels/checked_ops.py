@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu, tpu
+from jax.experimental.pallas import mosaic_gpu
 from pallas_kernels import devices
 from pallas_kernels.check.cases import Op
 

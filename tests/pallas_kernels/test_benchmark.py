@@ -32,7 +32,10 @@ def test_what_the_time_does_not_suffice_for_is_named(tmp_path):
 
 def test_mistakes_are_told(tmp_path):
     ended = benchmark("atention")
-    assert ended.returncode == 2 and "part='atention': expected one of attention. Did you mean 'attention'?" in ended.stderr
+    assert (
+        ended.returncode == 2
+        and "part='atention': expected one of attention. Did you mean 'attention'?" in ended.stderr
+    )
     ended = benchmark("attention", "--lengths=2k")
     assert ended.returncode == 2 and "--lengths=2k: expected numbers of tokens" in ended.stderr
 
@@ -41,7 +44,9 @@ def test_the_aims_come_first_and_work_is_counted():
     rows = attention.rows(attention.LENGTHS)
     assert len(rows) == len(attention.LENGTHS) * (2 * len(attention.VARIANTS) + len(attention.DECODING))
     first = rows[:6]
-    assert {row.length for row in first} == {16_384, 131_072} and {row.what for row in first if row.shape.T == 1} == {"decoding"}
+    assert {row.length for row in first} == {16_384, 131_072} and {row.what for row in first if row.shape.T == 1} == {
+        "decoding"
+    }
     full = attention.Row("", 128, Shape(B=2, T=128, H=4, G=4, K=64, causal=False), backward=True)
     assert full.work == 3.5 * 4 * 2 * 4 * 128 * 128 * 64
     decoding = attention.Row("", 128, Shape(B=2, T=1, S=128, H=4, G=2, K=64))

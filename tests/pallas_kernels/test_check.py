@@ -80,7 +80,7 @@ def test_the_schedule_of_a_tpu_kernel_is_read(tmp_path):
     (tmp_path / "17-flash.1-70-final_hlo-static-per-bundle-utilization.txt").write_text(UTILIZATION)
     (tmp_path / "17-flash.1-72-final_bundles.txt").write_text(BUNDLES)
     (tmp_path / "17-flash.1-69-post-delay-converter.txt").write_text(
-        "  #allocation3 [shape = 'f32[512,128]{1,0:T(8,128)}', space=vmem, size = 0x40000, scoped, tag = 'scratch operand']\n"
+        "  #allocation3 [shape = 'f32[512,128]{1,0:T(8,128)}', space=vmem, size = 0x40000, scoped]\n"
         "  #allocation4 [shape = 's32[1]{0}', space=sflag, size = 0x4, scoped]\n"
         "    #allocation6 [shape = 'u8[262144]{0}', space=vmem, size = 0x1000, scoped, tag = 'input window']\n"
     )
