@@ -171,6 +171,7 @@ def torch_sdpa(row: Row) -> tuple[Callable[[int], Any], Callable[[Any], Any]] | 
 
     if not torch.cuda.is_available():
         return None
+    torch.cuda.empty_cache()  # what the row before held, which JAX may need
     shape = row.shape
     sizes = [(b, h, t, d) for b, t, h, d in (shape.q, shape.k, shape.v)]
     count = timing.sets_of(sizes, 2)

@@ -14,6 +14,7 @@ import functools
 import importlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,12 @@ def compare(targets: list[Any], quick: bool) -> int:
     )
     for target in targets:
         counted: list[dict[str, Any]] = []
-        compile_all(target, __name__, rows, lambda row, counted=counted: counted.append(count(row)))
+
+        def keep(row: dict[str, Any], counted: list[dict[str, Any]] = counted) -> None:
+            counted.append(count(row))
+            print(f"{' '.join(row[key] for key in ('target', 'op', 'shape', 'pass'))}: {row['seconds']} s", file=sys.stderr)
+
+        compile_all(target, __name__, rows, keep)
         for shape, what in dict.fromkeys(row[1:] for row in rows):
             report([row for row in counted if (row["shape"], row["pass"]) == (shape, what)])
         found += counted
@@ -116,9 +122,8 @@ def compare(targets: list[Any], quick: bool) -> int:
         print(f"\nno kernel of ours: attention has no implementation {OURS!r} here")
     failed = [row for row in found if row["cycles"] is None]
     for row in failed:
-        print(
-            f"not counted: {row['target']} {row['op']} {row['shape']} {row['pass']}: {row['error'].splitlines()[0][:200]}"
-        )
+        named = " ".join(row[key] for key in ("target", "op", "shape", "pass"))
+        print(f"not counted: {named}: {row['error'].splitlines()[0][:200]}")
     return int(any(row["op"] == "lcr" for row in failed))
 
 

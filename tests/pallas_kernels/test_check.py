@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from pallas_kernels import targets
 from pallas_kernels.attention import api, chunked, conformance
-from pallas_kernels.check import cases, device, llo, ptxas
+from pallas_kernels.check import cases, device, llo, ptxas, rivals
 
 PTXAS = """\
 Resources(smem_scratch_bytes=100352, tmem_scratch_cols=0, barrier_counts=Counter())
@@ -87,10 +87,25 @@ def test_the_schedule_of_a_tpu_kernel_is_read(tmp_path):
     kernel = llo.kernel("flash.1", tmp_path)
     assert kernel.vmem == 0x41000
     assert (kernel.bundles, kernel.step, kernel.loops) == (9, 7, (2,))
+    assert (kernel.steps, kernel.tiles) == (514, (2,))
     assert kernel.products == pytest.approx(2 / 7)
     assert (kernel.spills, kernel.fills) == (1, 1)
     with pytest.raises(FileNotFoundError, match="flash.2"):
         llo.kernel("flash.2", tmp_path)
+
+
+def test_static_cycles_are_those_of_the_tiles_that_are_visited():
+    assert rivals.causal_tiles(4096, 512, 512) == (36, 8)
+    assert rivals.causal_tiles(4096, 512, 1024) == (20, 8)
+    assert rivals.causal_tiles(4096, 1024, 512) == (20, 8)
+    shape, kernel = rivals.SHAPES["4,096"], {"name": "k", "step": 1000, "steps": 66}
+    visited, cut = 8 * 10, 8 * 4  # 8 heads, 1,024 x 1,024
+    assert rivals.cycles_of(kernel | {"tiles": []}, shape, 1024, 1024) == 66 * 1000
+    assert rivals.cycles_of(kernel | {"tiles": [700]}, shape, 1024, 1024) == 66 * 300 + visited * 700
+    both = rivals.cycles_of(kernel | {"tiles": [400, 500]}, shape, 1024, 1024)
+    assert both == 66 * 100 + (visited - cut) * 400 + cut * 500
+    with pytest.raises(ValueError, match="3 parts of a step"):
+        rivals.cycles_of(kernel | {"tiles": [1, 2, 3]}, shape, 1024, 1024)
 
 
 @pytest.mark.parametrize("platform, target", [("gpu", "h200"), ("tpu", "v5e")])
