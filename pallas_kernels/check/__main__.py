@@ -5,12 +5,13 @@
     python -m pallas_kernels.check --run                                        the conformance suite on this device
     python -m pallas_kernels.check --rivals --target=v5e,v6e                    static cycles beside JAX's own kernels
 
-A row is one op at one shape, forward or forward and backward, by the implementation that is the default on the
-target. Its columns: the kernels of ours in it (none where XLA or cuDNN does it all); of GPU kernels the registers of a
-thread, bytes spilled, bytes of shared memory (of the kernel that asks for most), and matrix instructions of Hopper in
-the code (where nvidia-cuda-nvdisasm is installed); of TPU kernels the registers spilled, bytes of VMEM, the bundles of
-a grid step (and of the loops in it), and the share of them that starts a matrix product; bytes of arguments, results and
-temporaries; seconds to compile.
+A row is one op at one shape, forward or forward and backward, by the implementation that is the default on the target,
+and one more by the kernels of ours where they are not the default but support the call. Its columns: the kernels of
+ours in it (none where XLA or cuDNN does it all); of GPU kernels the registers of a thread, bytes spilled, bytes of
+shared memory (of the kernel that asks for most), and matrix instructions of Hopper in the code (where
+nvidia-cuda-nvdisasm is installed); of TPU kernels the registers spilled, bytes of VMEM, the bundles of a grid step (and
+of the loops in it), and the share of them that starts a matrix product; bytes of arguments, results and temporaries;
+seconds to compile.
 
 The compilers come with `pip install -e .[check]`.
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
         chosen = [targets.find(name) for name in TARGET.value or default]
         for target in chosen:
             targets.check_compilers(target)
-        rows = select_rows()
+        rows = {target.name: select_rows(target) for target in chosen}
     except (ValueError, targets.MissingCompiler) as error:
         fail(str(error))
     if RIVALS.value:
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
             print(f"| {' | '.join(cells(row))} |", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(JOBS.value) as pool:
-        list(pool.map(lambda target: compile_all(target, CASES.value, rows, report), chosen))
+        list(pool.map(lambda target: compile_all(target, CASES.value, rows[target.name], report), chosen))
     if OUT.value:
         order = [target.name for target in chosen]
         done.sort(key=lambda row: order.index(row["target"]))
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> None:
     sys.exit(1 if bad else 0)
 
 
-def select_rows() -> list[Row]:
+def select_rows(target: Any) -> list[Row]:
     """Raises: ValueError for a name that is not known, naming the nearest."""
     cases = importlib.import_module(CASES.value)
     known = {shape for op in cases.OPS.values() for shape in op.shapes}
@@ -104,12 +105,13 @@ def select_rows() -> list[Row]:
     from pallas_kernels.check.cases import passes
 
     return [
-        (name, shape, what)
+        (name, shape, what, by)
         for name, op in cases.OPS.items()
         if OPS.value is None or name in OPS.value
         for shape in (op.quick if QUICK.value and SHAPES.value is None else op.shapes)
         if SHAPES.value is None or shape in SHAPES.value
         for what in passes(op.shapes[shape])[: 1 if QUICK.value else None]
+        for by in op.kernels(target.platform)
     ]
 
 
@@ -134,7 +136,12 @@ def spills_of(kernel: dict[str, Any]) -> int:
 
 def cells(row: dict[str, Any]) -> list[str]:
     if "error" in row:
-        return [*identity(row), f"failed: {row['error'].splitlines()[0][:200]}"] + ["–"] * 7 + [f"{row['seconds']:.1f}"]
+        by = f"{row['asked']}: " if row["asked"] else ""
+        return (
+            [*identity(row), f"{by}failed: {row['error'].splitlines()[0][:200]}"]
+            + ["–"] * 7
+            + [f"{row['seconds']:.1f}"]
+        )
 
     def each(show: Callable[[dict[str, Any]], Any]) -> str:
         shown = [show(kernel) for kernel in row["kernels"]]

@@ -3,16 +3,22 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import pallas_kernels
+from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention import shapes as attention_shapes
+from pallas_kernels.delta_rule import api as delta_rule_api
 from pallas_kernels.delta_rule import shapes as delta_rule_shapes
+from pallas_kernels.linear_attention import api as linear_attention_api
 from pallas_kernels.linear_attention import shapes as linear_attention_shapes
+from pallas_kernels.selective_scan import api as selective_scan_api
 from pallas_kernels.selective_scan import shapes as selective_scan_shapes
+from pallas_kernels.wkv import api as wkv_api
 from pallas_kernels.wkv import shapes as wkv_shapes
 
 Call = tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]  # a function that gives an array, and its arguments
@@ -20,11 +26,18 @@ Call = tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]  # a function that give
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """call: of a shape. quick: the shapes that `--quick` takes."""
+    """call: of a shape. quick: the shapes that `--quick` takes. api: the module with the op's IMPLEMENTATIONS, where
+    kernels of ours may be among them; then the function that `call` gives takes `implementation`."""
 
     shapes: Mapping[str, Any]
     call: Callable[[Any], Call]
     quick: tuple[str, ...]
+    api: ModuleType | None = None
+
+    def kernels(self, platform: str) -> list[str | None]:
+        """What is compiled for a platform: the default (None), and our kernels, which are not always the default."""
+        ours = f"mosaic_{platform}"
+        return [None, ours] if self.api is not None and ours in self.api.IMPLEMENTATIONS else [None]
 
 
 def attention(shape: attention_shapes.Shape) -> Call:
@@ -35,7 +48,7 @@ def selective_scan(shape: selective_scan_shapes.Shape) -> Call:
     tokens, states = shape[:3], (*shape[:2], shape.N)
     x, B, C = _arrays(tokens, states, states)
     dt, A, D = _arrays(tokens, (shape.D, shape.N), (shape.D,), dtype=jnp.float32)
-    return lambda *arguments: pallas_kernels.selective_scan(*arguments)[0], (x, dt, A, B, C, D)
+    return _first(pallas_kernels.selective_scan), (x, dt, A, B, C, D)
 
 
 def linear_attention(shape: linear_attention_shapes.Shape) -> Call:
@@ -44,9 +57,10 @@ def linear_attention(shape: linear_attention_shapes.Shape) -> Call:
     floats = [decays[shape.decay]] if shape.decay in decays else []
     floats += [(shape.H, shape.K)] if shape.bonus else []
 
-    def run(q, k, v, *floats):
+    def run(q, k, v, *floats, implementation=None):
         decay, bonus = floats[: shape.decay in decays], floats[shape.decay in decays :]
-        return pallas_kernels.linear_attention(q, k, v, *decay, **dict(zip(("bonus",), bonus, strict=False)))[0]
+        options = {"bonus": bonus[0] if bonus else None, "implementation": implementation}
+        return pallas_kernels.linear_attention(q, k, v, *decay, **options)[0]
 
     return run, _arrays(keys, keys, values) + _arrays(*floats, dtype=jnp.float32)
 
@@ -55,12 +69,17 @@ def delta_rule(shape: delta_rule_shapes.Shape) -> Call:
     keys, values = (shape.B, shape.T, shape.H, shape.K), (shape.B, shape.T, shape.H, shape.V)
     decay = {"none": [], "scalar": [keys[:3]], "vector": [keys]}[shape.decay]
     arguments = _arrays(keys, keys, values, keys, keys) + _arrays(*decay, dtype=jnp.float32)
-    return lambda *arguments: pallas_kernels.delta_rule(*arguments)[0], arguments
+    return _first(pallas_kernels.delta_rule), arguments
 
 
 def wkv(shape: wkv_shapes.Shape) -> Call:
     arguments = _arrays(shape, shape) + _arrays((shape.D,), (shape.D,), dtype=jnp.float32)
-    return lambda *arguments: pallas_kernels.wkv(*arguments)[0], arguments
+    return _first(pallas_kernels.wkv), arguments
+
+
+def _first(op: Callable) -> Callable:
+    """The op without its final state."""
+    return lambda *arguments, **options: op(*arguments, **options)[0]
 
 
 def _arrays(*shapes: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -68,11 +87,11 @@ def _arrays(*shapes: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[jax.Sh
 
 
 OPS = {
-    "attention": Op(attention_shapes.REAL, attention, ("llama3 8b 8k", "llama3 8b decode 128k")),
-    "selective_scan": Op(selective_scan_shapes.REAL, selective_scan, ("mamba_1b_decode",)),
-    "linear_attention": Op(linear_attention_shapes.REAL, linear_attention, ("mamba2_1b_decode",)),
-    "delta_rule": Op(delta_rule_shapes.REAL, delta_rule, ("rwkv7_1b_decode",)),
-    "wkv": Op(wkv_shapes.REAL, wkv, ("rwkv4_1b_decode",)),
+    "attention": Op(attention_shapes.REAL, attention, ("llama3 8b 8k", "llama3 8b decode 128k"), attention_api),
+    "selective_scan": Op(selective_scan_shapes.REAL, selective_scan, ("mamba_1b_decode",), selective_scan_api),
+    "linear_attention": Op(linear_attention_shapes.REAL, linear_attention, ("mamba2_1b_decode",), linear_attention_api),
+    "delta_rule": Op(delta_rule_shapes.REAL, delta_rule, ("rwkv7_1b_decode",), delta_rule_api),
+    "wkv": Op(wkv_shapes.REAL, wkv, ("rwkv4_1b_decode",), wkv_api),
 }
 
 PASSES = ("forward", "forward + backward")
@@ -83,9 +102,11 @@ def passes(shape: Any) -> tuple[str, ...]:
     return PASSES if shape.T > 1 else PASSES[:1]
 
 
-def program(op: Op, shape: Any, what: str) -> Call:
+def program(op: Op, shape: Any, what: str, implementation: str | None = None) -> Call:
     """The function that is compiled: the call itself, or the call with the gradients of all its arguments."""
     run, arguments = op.call(shape)
+    if implementation is not None:
+        run = functools.partial(run, implementation=implementation)
     if what == "forward":
         return run, arguments
 

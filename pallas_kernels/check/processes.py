@@ -11,7 +11,7 @@ from typing import Any
 
 from pallas_kernels.check import worker
 
-Row = tuple[str, str, str]  # op, shape, pass
+Row = tuple[str, str, str, str | None]  # op, shape, pass, implementation (None: the default)
 
 
 def compile_all(target: Any, cases: str, rows: list[Row], report: Callable[[dict[str, Any]], None]) -> None:
@@ -21,7 +21,7 @@ def compile_all(target: Any, cases: str, rows: list[Row], report: Callable[[dict
     for row, result in found:
         if result.get("dump"):
             again.append(row)
-        else:
+        elif not result.get("skip"):
             report(named(target, row, result))
     if again:
         with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ def compile_rows(target: Any, cases: str, rows: list[Row], folder: str | None) -
 
 
 def named(target: Any, row: Row, result: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(("target", "op", "shape", "pass"), (target.name, *row), strict=True)) | result
+    return dict(zip(("target", "op", "shape", "pass", "asked"), (target.name, *row), strict=True)) | result
 
 
 def ending(code: int) -> str:

@@ -92,8 +92,8 @@ OPS = {
 
 def compare(targets: list[Any], quick: bool) -> int:
     """Prints the table and saves it; 1 if a kernel of ours could not be counted. quick: 4,096 tokens, forward."""
-    rows = [(op, shape, what) for shape in SHAPES for what in PASSES for op in OPS]
-    rows = [row for row in rows if not quick or row[1:] == ("4,096", "forward")]
+    rows = [(op, shape, what, None) for shape in SHAPES for what in PASSES for op in OPS]
+    rows = [row for row in rows if not quick or row[1:3] == ("4,096", "forward")]
     found: list[dict[str, Any]] = []
     print(
         "| target | tokens | pass | kernels | block sizes | cycles | of the best rival's | spills |\n|" + " --- |" * 8,
@@ -104,10 +104,13 @@ def compare(targets: list[Any], quick: bool) -> int:
 
         def keep(row: dict[str, Any], counted: list[dict[str, Any]] = counted) -> None:
             counted.append(count(row))
-            print(f"{' '.join(row[key] for key in ('target', 'op', 'shape', 'pass'))}: {row['seconds']} s", file=sys.stderr)
+            print(
+                f"{' '.join(row[key] for key in ('target', 'op', 'shape', 'pass'))}: {row['seconds']} s",
+                file=sys.stderr,
+            )
 
         compile_all(target, __name__, rows, keep)
-        for shape, what in dict.fromkeys(row[1:] for row in rows):
+        for shape, what in dict.fromkeys(row[1:3] for row in rows):
             report([row for row in counted if (row["shape"], row["pass"]) == (shape, what)])
         found += counted
     MEASURED.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ from pallas_kernels.check import llo, ptxas
 
 
 def main(task: dict[str, Any]) -> None:
-    """task: target; folder: for dumps, or null; cases: the module with OPS; rows: (op, shape, pass) each.
+    """task: target; folder: for dumps, or null; cases: the module with OPS; rows: those of `processes.Row`.
 
     A dump of all that XLA makes takes minutes; without a folder, rows with kernels are given back, to be dumped.
     """
@@ -32,10 +32,10 @@ def main(task: dict[str, Any]) -> None:
     results = os.fdopen(os.dup(1), "w")
     compiler = GpuCompiler() if target.platform == "gpu" else TpuCompiler(task["folder"])
     ops = importlib.import_module(task["cases"]).OPS
-    for op, shape, what in task["rows"]:
+    for op, shape, what, by in task["rows"]:
         start = time.perf_counter()
         try:
-            found = compile_row(compiler, target, ops[op], shape, what)
+            found = compile_row(compiler, target, ops[op], shape, what, by)
         except Exception as error:  # whatever a compiler raises: the other rows go on
             found = {"error": "".join(traceback.format_exception_only(error)).split("\n----")[0].strip()}
         print(json.dumps(found | {"seconds": round(time.perf_counter() - start, 2)}), file=results, flush=True)
@@ -48,12 +48,28 @@ def environment(target: targets.Gpu | targets.Tpu, folder: str | None) -> dict[s
     return targets.environment(target) | dumps | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
-def compile_row(compiler: Any, target: Any, op: Any, shape: str, what: str) -> dict[str, Any]:
+def compile_row(compiler: Any, target: Any, op: Any, shape: str, what: str, by: str | None) -> dict[str, Any]:
+    """by: an implementation, whose row is left out where it does not support the call, or is the default; or None."""
+    import jax
+
     from pallas_kernels.check.cases import program
     from pallas_kernels.dispatch import recording_defaults
 
     with targets.tracing(target):
-        function, arguments = program(op, op.shapes[shape], what)
+        if by is not None:
+            with recording_defaults() as defaults:
+                function, arguments = program(op, op.shapes[shape], "forward")
+                jax.eval_shape(function, *arguments)
+            if by in defaults:
+                return {"skip": True}
+        try:
+            function, arguments = program(op, op.shapes[shape], what, by)
+            if by is not None:
+                jax.eval_shape(function, *arguments)
+        except ValueError as error:
+            if by is not None and str(error).startswith(f"implementation={by!r}"):
+                return {"skip": True}
+            raise
     with recording_defaults() as chosen:
         lowered = compiler.lower(lambda: targets.lower(function, arguments, target))
     if target.platform == "tpu" and compiler.folder is None and llo.CALL in lowered.as_text():
@@ -61,7 +77,7 @@ def compile_row(compiler: Any, target: Any, op: Any, shape: str, what: str) -> d
     compiled, kernels = compiler.compile(lowered)
     memory = compiled.memory_analysis()
     return {
-        "implementation": " ".join(dict.fromkeys(chosen)),
+        "implementation": by or " ".join(dict.fromkeys(chosen)),
         "kernels": kernels,
         "memory": {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")},
     }
