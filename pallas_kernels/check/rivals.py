@@ -92,27 +92,26 @@ OPS = {
 
 def compare(targets: list[Any], quick: bool) -> int:
     """Prints the table and saves it; 1 if a kernel of ours could not be counted. quick: 4,096 tokens, forward."""
-    rows = [(op, shape, what, None) for shape in SHAPES for what in PASSES for op in OPS]
-    rows = [row for row in rows if not quick or row[1:3] == ("4,096", "forward")]
+    groups = [(shape, what) for shape in SHAPES for what in PASSES][: 1 if quick else None]
     found: list[dict[str, Any]] = []
     print(
         "| target | tokens | pass | kernels | block sizes | cycles | of the best rival's | spills |\n|" + " --- |" * 8,
         flush=True,
     )
     for target in targets:
-        counted: list[dict[str, Any]] = []
+        for shape, what in groups:
+            counted: list[dict[str, Any]] = []
 
-        def keep(row: dict[str, Any], counted: list[dict[str, Any]] = counted) -> None:
-            counted.append(count(row))
-            print(
-                f"{' '.join(row[key] for key in ('target', 'op', 'shape', 'pass'))}: {row['seconds']} s",
-                file=sys.stderr,
-            )
+            def keep(row: dict[str, Any], counted: list[dict[str, Any]] = counted) -> None:
+                counted.append(count(row))
+                print(
+                    f"{' '.join(row[key] for key in ('target', 'op', 'shape', 'pass'))}: {row['seconds']} s",
+                    file=sys.stderr,
+                )
 
-        compile_all(target, __name__, rows, keep)
-        for shape, what in dict.fromkeys(row[1:3] for row in rows):
-            report([row for row in counted if (row["shape"], row["pass"]) == (shape, what)])
-        found += counted
+            compile_all(target, __name__, [(op, shape, what, None) for op in OPS], keep)
+            report(counted)
+            found += counted
     MEASURED.mkdir(exist_ok=True)
     out = MEASURED / f"static_cycles_{'_'.join(target.name for target in targets)}.json"
     packages = versions(("jax", "jaxlib", "libtpu"))
@@ -176,7 +175,7 @@ def tile_of(op: str, shape: Shape) -> tuple[int, int]:
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """One line for each kind of kernel, at the block sizes with the fewest cycles."""
+    """Of the rows of a shape and pass: a line for each kind of kernel, at the block sizes with the fewest cycles."""
     best: dict[str, dict[str, Any]] = {}
     for row in sorted((row for row in rows if row["cycles"]), key=lambda row: row["cycles"]):
         best.setdefault(row["op"].split()[0], row)
