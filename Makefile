@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# With the compilers of the extra `check`, JAX looks for their devices, and prints a page about each that is not there.
+export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
 .PHONY: passkey compare test setup clean
 
@@ -36,6 +38,8 @@ setup: .venv/installed
 
 .venv/installed-for-tests: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[check]' || \
+	  echo "No compilers for GPUs and TPUs could be installed: the tests that need them are skipped."
 	@touch .venv/installed $@
 
 clean:

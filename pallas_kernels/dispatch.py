@@ -1,9 +1,11 @@
 """How an op chooses among its implementations: a name is obeyed or raises; a default is logged once."""
 
+import contextlib
+import contextvars
 import difflib
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -37,6 +39,8 @@ def choose_supported(
     if name is None:
         chosen = next(candidate for candidate in candidates if why_not(candidate) is None)
         _log_once(op, chosen)
+        if (defaults := _defaults.get()) is not None:
+            defaults.append(chosen)
         return chosen
     if name not in implementations:
         close = difflib.get_close_matches(str(name), implementations, n=1)
@@ -45,6 +49,19 @@ def choose_supported(
     if (reason := why_not(name)) is not None:
         raise ValueError(f"implementation={name!r}: {op} {reason}; leave it out for one that supports the call")
     return name
+
+
+_defaults: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("defaults", default=None)
+
+
+@contextlib.contextmanager
+def recording_defaults() -> Iterator[list[str]]:
+    """A list to which every implementation is appended that is taken inside where none was named."""
+    token = _defaults.set([])
+    try:
+        yield _defaults.get()
+    finally:
+        _defaults.reset(token)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -137,12 +137,19 @@ def compute(case: Case, implementation: str, dtype: Any, exact: bool = False, se
     return {name: np.asarray(a, np.float32) for name, a in named.items()}
 
 
-def errors(case: Case, implementation: str, dtype: Any, seed: int = 0) -> Iterator[tuple[str, float, str]]:
-    """`(what, error, kind of tolerance)` of every result against the reference in float32 on the same numbers."""
+def errors(
+    case: Case, implementation: str, dtype: Any, seed: int = 0, poison: Callable[[], None] = lambda: None
+) -> Iterator[tuple[str, float, str]]:
+    """`(what, error, kind of tolerance)` of every result against the reference in float32 on the same numbers.
+
+    poison: called before each of the two runs, to fill memory with what no result may show.
+    """
     half = np.dtype(dtype).itemsize < 4
     kind = "bfloat16" if half else "float32"
     want = compute(case, "reference", dtype, exact=True, seed=seed)
+    poison()
     found = compute(case, implementation, dtype, seed=seed)
+    poison()
     again = compute(case, implementation, dtype, seed=seed)
     for name, expected in want.items():
         gradient = " gradient" if name.startswith("d") else ""

@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """Sizes by letter; `decay` is "channel" (`[B, T, H, K]`), "token" (`[B, T, H]`), "head" (`[H]`) or "none"."""
+    """Sizes by letter (G, heads of keys and queries: None is H).
+
+    `decay` is "channel" (`[B, T, H, K]`), "token" (`[B, T, H]`), "head" (`[H]`) or "none".
+    """
 
     B: int
     T: int
@@ -13,6 +16,7 @@ class Shape(NamedTuple):
     V: int
     decay: str = "token"
     bonus: bool = False
+    G: int | None = None
 
 
 SHAPES = {
@@ -31,8 +35,14 @@ SHAPES = {
     # RWKV-6: heads of 64 at every size; the small one of these, and 1.6B
     "rwkv6": Shape(B=1, T=4096, H=4, K=64, V=64, decay="channel", bonus=True),
     "rwkv6_1b": Shape(B=4, T=2048, H=32, K=64, V=64, decay="channel", bonus=True),
+    # Mamba-2 1.3B: 64 heads of 64 share one group of keys and queries, 128 wide (its state); and a token of it
+    "mamba2_1b": Shape(B=4, T=2048, H=64, G=1, K=128, V=64),
+    "mamba2_1b_decode": Shape(B=32, T=1, H=64, G=1, K=128, V=64),
     # decoding, and lengths that no chunk divides
     "decode": Shape(B=8, T=1, H=4, K=64, V=128, decay="head"),
     "ragged_short": Shape(B=2, T=63, H=2, K=16, V=24),
     "ragged": Shape(B=1, T=500, H=2, K=16, V=8),
 }
+
+# Of the models that matter: compile checks.
+REAL = {name: SHAPES[name] for name in ("retnet_1b", "gla_1b", "rwkv6_1b", "mamba2_1b", "mamba2_1b_decode")}

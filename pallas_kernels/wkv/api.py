@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import devices
 from pallas_kernels.dispatch import choose, compute_dtype, loop_forward
 from pallas_kernels.wkv.chunked import chunked
 from pallas_kernels.wkv.reference import WKVState, reference
@@ -53,14 +54,14 @@ def wkv(
     dtype = compute_dtype(arguments | {"initial_state": initial_state})
     if initial_state is None:
         initial_state = WKVState(*[jnp.zeros((batch, width), dtype)] * 3)
-    run = choose("wkv", IMPLEMENTATIONS, implementation, default_implementation(length, jax.default_backend()))
+    run = choose("wkv", IMPLEMENTATIONS, implementation, default_implementation(length, devices.current().platform))
     cast = [k, v, jnp.maximum(log_decay, FORGETS), bonus, initial_state]
     y, final_state = run(*jax.tree.map(lambda leaf: leaf.astype(dtype), cast), segment_ids)
     return y.astype(v.dtype), final_state
 
 
 def default_implementation(length: int, backend: str) -> str:
-    """What `implementation=None` stands for, given T and JAX's default backend."""
+    """What `implementation=None` stands for, given T and the platform."""
     # Measured on two busy CPU cores, float32, T = 4096, [B, D] from [1, 256] to [8, 1024]: forward the loop takes 0.4
     # to 0.7 of the chunked form's time; forward and backward it takes 0.9 to 1.7 times as long, and more memory.
     if length == 1:
