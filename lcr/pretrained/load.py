@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from lcr.checks import check_choice, unknown_name
@@ -23,6 +20,7 @@ from lcr.pretrained import rwkv7_author
 from lcr.pretrained.families import FAMILIES
 from lcr.pretrained.family import Family
 from lcr.pretrained.fields import Fields
+from lcr.pretrained.parameters import Shardings, allocate, assemble, choose_shardings
 from lcr.pretrained.pth import PthFile
 from lcr.pretrained.safetensors import TensorFile
 from lcr.pretrained.source import Source
@@ -31,7 +29,6 @@ from lcr.pretrained.tensors import Path as ParameterPath
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 class Stored(NamedTuple):
@@ -78,8 +75,8 @@ def load_model(
     sharding: of all parameters, or a function that gives the sharding of one by its dotted name and shape; None: the
         default device. progress: whether to show a bar.
 
-    Tensors are read by memory map, one at a time, straight into parameters of the target dtype: host memory holds
-    these and one tensor.
+    Tensors are read by memory map, one at a time, straight into what each device of this process is to hold of the
+    parameters, in the target dtype: host memory holds these pieces and one tensor.
 
     Raises: FileNotFoundError for what is not there; ValueError for an unknown `model_type` or an unsupported field
     (naming it, and what is supported), for tensors that are missing, of no use, or of a wrong shape (all are named),
@@ -89,15 +86,16 @@ def load_model(
         check_choice("dtype", dtype, DTYPES)
     checkpoint = open_checkpoint(path, dtype)
     table, stored = make_table(checkpoint), checkpoint.stored
-    shardings = check_shardings(sharding, table)
-    arrays = allocate(table, wide_parameters(table, stored) if dtype is None else set())
+    shardings = choose_shardings(sharding, table)
+    buffers = allocate(table, shardings, wide_parameters(table, stored) if dtype is None else set())
     total = sum(stored_bytes(stored[name]) for name in table.shapes)
     label = f"loading {checkpoint.where.name}"
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=not progress) as bar:
         for name in table.shapes:
-            table.load(name, stored[name].read(), arrays)
+            for parameter, box, values in table.parts(name, stored[name].read()):
+                buffers[parameter].put(box, values)
             bar.update(stored_bytes(stored[name]))
-    model = assemble(table, arrays, shardings)
+    model = assemble(table, buffers)
     kinds = {name: stored[name].entry.dtype.name for name in table.shapes}
     common = common_dtype(stored)
     model.source = Source(
@@ -277,7 +275,7 @@ def make_table(checkpoint: Checkpoint) -> Table:
     if wrong:
         raise ValueError(f"{checkpoint.where}: " + "; ".join(wrong[:20]) + ("; ..." if len(wrong) > 20 else ""))
     if config.tie_embeddings and family.head in stored:
-        embedding = next(name for name, lines in table.lines.items() if lines[0][1] == ("embedding",))
+        embedding = next(name for name, places in table.places.items() if places[0].path == ("embedding",))
         if not np.array_equal(stored[family.head].read(), stored[embedding].read()):
             raise ValueError(
                 f"{checkpoint.where}: {family.head} is not the embedding, although config.json says so; expected "
@@ -302,68 +300,4 @@ def _listed(names: Iterable[str]) -> str:
 def wide_parameters(table: Table, stored: Mapping[str, Stored]) -> set[ParameterPath]:
     """The parameters of which a tensor is stored in float32 (or float64)."""
     wide = [name for name in table.shapes if stored[name].entry.dtype.itemsize >= 4]
-    return {path for name in wide for _, path, _ in table.lines[name]}
-
-
-def check_shardings(
-    sharding: Shardings | None, table: Table
-) -> Callable[[ParameterPath], jax.sharding.Sharding | None]:
-    """The sharding of a parameter by its path. Raises ValueError for one that does not fit its parameter."""
-    of_all = isinstance(sharding, jax.sharding.Sharding)
-    if sharding is None:
-        return lambda path: None
-    if not of_all and not callable(sharding):
-        raise ValueError(f"sharding={sharding!r}: expected a jax.sharding.Sharding, or a function of a name and a shape")
-    chosen = {}
-    for path, parameter in table.parameters.items():
-        name = ".".join(map(str, path))
-        chosen[path] = sharding if of_all else sharding(name, parameter.shape)
-        try:
-            chosen[path].shard_shape(parameter.shape)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"sharding of {name} {parameter.shape}: {error}") from None
-    return chosen.__getitem__
-
-
-def allocate(table: Table, wide: set[ParameterPath]) -> dict[ParameterPath, np.ndarray]:
-    """Arrays for the parameters, which JAX can take over on a CPU as they lie; empty, but for what no tensor is for.
-
-    wide: which are float32 whatever the dtype of the compute.
-    """
-    arrays = {}
-    for path, parameter in table.parameters.items():
-        dtype = np.dtype(np.float32) if path in wide else parameter_dtype(path, parameter, table.config)
-        arrays[path] = _aligned(parameter.shape, dtype)
-    for path, repetition in table.unused:
-        arrays[path][... if repetition is None else repetition] = 0
-    return arrays
-
-
-def parameter_dtype(path: ParameterPath, parameter: Any, config: ModelConfig) -> np.dtype:
-    """Of a parameter of a loaded model: the compute's for matrices, float32 for what is in no way large."""
-    matrix = parameter.ndim - (path[0] == "groups") >= 2 and parameter.get_metadata().get("group") is None
-    return np.dtype(jnp.dtype(config.dtype) if matrix else np.float32)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    bytes_ = np.empty(size + alignment, np.uint8)
-    start = -bytes_.ctypes.data % alignment
-    return bytes_[start : start + size].view(dtype).reshape(shape)
-
-
-def assemble(
-    table: Table,
-    arrays: dict[ParameterPath, np.ndarray],
-    shardings: Callable[[ParameterPath], jax.sharding.Sharding | None],
-) -> Decoder:
-    """The model of these parameters, each handed over to JAX as it is reached."""
-    state = []
-    for path, parameter in table.parameters.items():
-        array, sharding = arrays.pop(path), shardings(path)
-        if sharding is None:
-            value = jax.device_put(array, may_alias=True)
-        else:
-            value = jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
-        state.append((path, parameter.replace(value)))
-    return nnx.merge(table.graph, nnx.from_flat_state(state))
+    return {place.path for name in wide for place in table.places[name]}

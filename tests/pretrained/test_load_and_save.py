@@ -86,7 +86,7 @@ def test_configurations_that_are_refused(folder, fields, message):
 )
 def test_tensors_that_are_not_as_they_should_be(folder, monkeypatch, edit, message):
     rewrite(folder, edit)
-    monkeypatch.setattr("lcr.pretrained.load.allocate", lambda table: pytest.fail("allocated before all was checked"))
+    monkeypatch.setattr("lcr.pretrained.load.allocate", lambda *arguments: pytest.fail("allocated before all was checked"))
     with pytest.raises(ValueError, match=message):
         load_model(folder, progress=False)
 
