@@ -96,14 +96,7 @@ def load_model(
                 buffers[parameter].put(box, values)
             bar.update(stored_bytes(stored[name]))
     model = assemble(table, buffers)
-    kinds = {name: stored[name].entry.dtype.name for name in table.shapes}
-    common = common_dtype(stored)
-    model.source = Source(
-        family=checkpoint.family.model_type,
-        fields=json.dumps(checkpoint.fields),
-        dtype=common,
-        dtypes=tuple(sorted((name, kind) for name, kind in kinds.items() if kind != common)),
-    )
+    model.source = source_of(checkpoint, table)
     return model
 
 
@@ -126,9 +119,28 @@ def read_checkpoint_config(path: str | os.PathLike, dtype: str | None = None) ->
     return checkpoint.config
 
 
+def read_checkpoint_source(path: str | os.PathLike) -> Source:
+    """What a model loaded from there would have as its `source`. Raises as `load_model` does."""
+    checkpoint = open_checkpoint(path, None)
+    return source_of(checkpoint, make_table(checkpoint))
+
+
+def source_of(checkpoint: Checkpoint, table: Table) -> Source:
+    kinds = {name: checkpoint.stored[name].entry.dtype.name for name in table.shapes}
+    common = common_dtype(checkpoint.stored)
+    return Source(
+        family=checkpoint.family.model_type,
+        fields=json.dumps(checkpoint.fields),
+        dtype=common,
+        dtypes=tuple(sorted((name, kind) for name, kind in kinds.items() if kind != common)),
+    )
+
+
 def is_run(path: str | os.PathLike) -> bool:
     """Whether a folder is a run of this project."""
-    return isinstance(path, (str, os.PathLike)) and (Path(path) / "checkpoints").is_dir() and not any(Path(path).glob("*.safetensors*"))
+    if not isinstance(path, (str, os.PathLike)) or not (Path(path) / "checkpoints").is_dir():
+        return False
+    return not any(Path(path).glob("*.safetensors*"))
 
 
 def open_folder(folder: Path, dtype: str | None) -> Checkpoint:

@@ -22,15 +22,19 @@ from lcr.pretrained.family import Family
 from lcr.pretrained.fields import Fields
 from lcr.pretrained.load import FLOATS, INDEX
 from lcr.pretrained.safetensors import write_tensors
+from lcr.pretrained.source import Source
 from lcr.pretrained.tensors import Table
 from lcr.pretrained.tokenizer import FILES
 from lcr.pretrained.written_out import written_out
 
 SHARD_BYTES = 5_000_000_000
-KEPT = (  # fields that a model has not, but its checkpoint had
+# of its checkpoint's config.json, what stays of a model that was changed, and what does not of one that was not: the
+# authors' own code, and layers, that are not exported
+KEPT = (
     "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "context_length", "rescale_every",
     "initializer_range", "use_cache", "attention_dropout", "tokenizer_class",
 )  # fmt: skip
+DROPPED = ("auto_map", "num_nextn_predict_layers", "num_mtp_layers")
 
 
 def save_model(
@@ -46,8 +50,8 @@ def save_model(
     """Writes `path`, a folder that `transformers` loads.
 
     tokenizer: its files are copied, if it came from any. family: a `model_type` of `FAMILIES`; None: that of the
-        checkpoint which the model was loaded from, else the first whose form the model has. dtype: of the tensors;
-        None: that of the checkpoint it came from, else of the embedding.
+        checkpoint which the model was loaded from (or that its run began from) if it still has its form, else the first
+        whose form it has. dtype: of the tensors; None: that of the checkpoint it came from, else of the embedding.
     overwrite: whether the folder may be there already; it is then replaced as a whole.
 
     Everything is written to a folder beside it, which takes its name at the end: what was there stays until then. Killed
@@ -67,10 +71,10 @@ def save_model(
     config = written_out(model.config)
     if len(config.pattern) != len(model.config.pattern):
         raise ValueError(f"mixers={model.config.mixers!r}: expected one name for layers that are alike")
-    fields, chosen = export_config(config, family or (source.family if source else None))
+    fields, chosen = export_config(config, family, source)
     same = source is not None and source.family == chosen.model_type
     if same:
-        fields = {name: value for name, value in json.loads(source.fields).items() if name in KEPT} | fields
+        fields = kept_fields(config, chosen, fields, json.loads(source.fields))
     table = Table(config, chosen.lines(config))
     parameters = {p: v[...] for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     common = dtype or (source.dtype if source else parameters[("embedding",)].dtype.name)
@@ -78,7 +82,8 @@ def save_model(
     if dtype is None and same:
         dtypes |= {name: jnp.dtype(kind) for name, kind in source.dtypes}
     fields |= {"model_type": chosen.model_type, "architectures": [chosen.architecture]}
-    fields |= {"dtype": common, "torch_dtype": common}  # by its newer and its older name
+    names = ("dtype", "torch_dtype")  # the newer and the older
+    fields |= {name: common for name in fields.keys() & names or names}
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -100,18 +105,34 @@ def checked_target(path: str | os.PathLike) -> Path:
     return target
 
 
-def export_config(config: ModelConfig, family: str | None) -> tuple[dict[str, Any], Family]:
+def export_config(config: ModelConfig, family: str | None, source: Source | None) -> tuple[dict[str, Any], Family]:
     """The config.json of a model written out, and the family whose form it has."""
     if family is not None:
         check_choice("family", family, FAMILIES)
         return _as_family(config, FAMILIES[family]), FAMILIES[family]
     reasons = []
-    for candidate in FAMILIES.values():
+    for name in dict.fromkeys([*([source.family] if source else []), *FAMILIES]):
         try:
-            return _as_family(config, candidate), candidate
+            return _as_family(config, FAMILIES[name]), FAMILIES[name]
         except ValueError as error:
             reasons.append(str(error))
     raise ValueError("the model has the form of no family: " + "; ".join(reasons))
+
+
+def kept_fields(config: ModelConfig, family: Family, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """config.json for a model that came from one of the same family: `theirs` where it says the same model, else `ours`
+    and what says nothing of the model."""
+    try:
+        unchanged = _read_again(config, family, theirs) == config
+    except ValueError:  # what a .pth file has none of
+        unchanged = False
+    if unchanged:
+        return {name: value for name, value in theirs.items() if name not in DROPPED}
+    return {name: value for name, value in theirs.items() if name in KEPT} | ours
+
+
+def _read_again(config: ModelConfig, family: Family, fields: dict[str, Any]) -> ModelConfig:
+    return written_out(ModelConfig(**family.read(Fields(fields)), dtype=config.dtype, remat=config.remat))
 
 
 def _as_family(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -121,7 +142,7 @@ def _as_family(config: ModelConfig, family: Family) -> dict[str, Any]:
         raise ValueError(f"{family.model_type} has layers of {' and '.join(family.mixers)}, the model of {mixers}")
     try:
         fields = family.write(config)
-        again = written_out(ModelConfig(**family.read(Fields(fields)), dtype=config.dtype, remat=config.remat))
+        again = _read_again(config, family, fields)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{family.model_type}: {error}") from None
     for field in dataclasses.fields(ModelConfig):
