@@ -54,7 +54,8 @@ class Buffers:
 
 
 def choose_shardings(sharding: Shardings | None, table: Table) -> dict[Path, jax.sharding.Sharding | None]:
-    """The sharding of each parameter by its path, None for the default device. Raises ValueError for one that does not fit its parameter."""
+    """The sharding of each parameter by its path, None for the default device. Raises ValueError for one that does not
+    fit its parameter."""
     if sharding is None:
         return dict.fromkeys(table.parameters)
     of_all = isinstance(sharding, jax.sharding.Sharding)

@@ -36,5 +36,6 @@ def read_source(workdir: Path) -> Source | None:
         source = Source(**kept | {"dtypes": tuple((name, kind) for name, kind in kept["dtypes"])})
         assert isinstance(json.loads(source.fields), dict)
     except (ValueError, TypeError, KeyError, AssertionError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); remove it to do without the checkpoint's config.json") from None
+        mend = "remove it to do without what the checkpoint said"
+        raise ValueError(f"{path} is damaged ({error!r}); {mend}") from None
     return source

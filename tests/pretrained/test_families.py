@@ -29,10 +29,10 @@ class Loaded:
         self.expected = dict(np.load(self.folder / "logits.npz"))
         self.model = load_model(self.folder, progress=False)
         graph, self.parameters = nnx.split(self.model)
-        self.call = jax.jit(lambda parameters, tokens, states: nnx.merge(graph, parameters)(tokens, states))
+        self.call = jax.jit(lambda parameters, *arguments: nnx.merge(graph, parameters)(*arguments))
 
-    def __call__(self, tokens, states=None):
-        return self.call(self.parameters, jnp.asarray(tokens, jnp.int32), states)
+    def __call__(self, tokens, states=None, segment_ids=None):
+        return self.call(self.parameters, jnp.asarray(tokens, jnp.int32), states, segment_ids)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -65,6 +65,17 @@ def test_token_by_token(loaded):
         parts.append(logits)
     logits = np.concatenate(parts, axis=1)[:, loaded.expected["at"]]
     assert_close(logits, loaded.expected["logits"], "pretrained")
+
+
+def test_padding_on_the_left(loaded):
+    """Rows of unequal length, the shorter one padded on the left, as `transformers` has them in a batch."""
+    if "tokens_leftpad" not in loaded.expected:
+        pytest.skip("the golden file has none")
+    at, mask = loaded.expected["at"], loaded.expected["segment_ids_leftpad"]
+    logits, _ = loaded(loaded.expected["tokens_leftpad"], None, jnp.asarray(mask, jnp.int32))
+    real = mask[:, at] != 0  # what stands at padding means nothing
+    assert 0 < (~real).sum() < real.sum()
+    assert_close(np.asarray(logits)[:, at][real], loaded.expected["logits_leftpad"][real], "pretrained")
 
 
 def test_export_is_the_source_bit_for_bit(loaded, tmp_path):

@@ -38,9 +38,14 @@ def test_equals_the_authors_package(model):
     for end in ("", "_long"):
         logits, _ = call(expected[f"tokens{end}"])
         assert_close(np.asarray(logits)[:, expected[f"at{end}"]], expected[f"logits{end}"], "pretrained")
+
+
+@pytest.mark.parametrize("cuts", [[1, 31], range(1, 67)], ids=["uneven pieces", "token by token"])
+def test_in_pieces_it_is_the_same(model, cuts):
+    expected, call = np.load(GOLDEN / "rwkv7.npz"), run(model)
     tokens = expected["tokens"]
     states, parts = model.init_states(*tokens.shape), []
-    for piece in np.split(tokens, [1, 31], axis=1):
+    for piece in np.split(tokens, cuts, axis=1):
         logits, states = call(piece, states)
         parts.append(logits)
     assert_close(np.concatenate(parts, axis=1)[:, expected["at"]], expected["logits"], "pretrained")
