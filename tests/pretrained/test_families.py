@@ -110,6 +110,20 @@ def test_generates(loaded):
     assert tokens.shape == (2, 3)
 
 
+@pytest.mark.parametrize("every", [0, 2])
+def test_rwkv4_is_computed_as_in_training(tmp_path, caplog, every):
+    """transformers rescales in evaluation against overflow; said once, where a checkpoint asks for it."""
+    shutil.copytree(GOLDEN / "rwkv4", tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_every": every}))
+    with caplog.at_level("INFO", "lcr.pretrained"):
+        model = load_model(tmp_path / "source", progress=False)
+    assert caplog.text.count("is left out, as transformers does in training") == (every > 0)
+    assert model.config == load_model(GOLDEN / "rwkv4", progress=False).config
+    save_model(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rescale_every"] == every
+
+
 def test_every_family_has_a_case():
     kinds = {json.loads((GOLDEN / case / "config.json").read_text())["model_type"] for case in CASES}
     assert FAMILIES.keys() == kinds
