@@ -191,6 +191,25 @@ def test_files_that_are_something_else(tmp_path):
         load_model(tmp_path / "none.pth", progress=False)
 
 
+def test_the_archive_does_not_stay_open(tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_bytes((GOLDEN / "rwkv7.pth").read_bytes())
+    file = PthFile(path)
+    assert file.tensor("emb.weight").shape
+    if pathlib.Path("/proc/self/fd").exists():
+        held = [os.readlink(link) for link in pathlib.Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        assert str(path) not in held
+
+
+def test_damaged_bytes_of_a_tensor(tmp_path):
+    path, data = tmp_path / "x.pth", bytearray((GOLDEN / "rwkv7.pth").read_bytes())
+    tensor = PthFile(GOLDEN / "rwkv7.pth").tensor("emb.weight").tobytes()
+    data[data.index(tensor) + 100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="data/[0-9]+ is damaged"):
+        PthFile(path).tensor("emb.weight")
+
+
 @pytest.mark.parametrize("cut", [1000, 200_000])
 def test_truncated(tmp_path, cut):
     (tmp_path / "x.pth").write_bytes((GOLDEN / "rwkv7.pth").read_bytes()[:cut])
