@@ -225,6 +225,25 @@ def test_a_checkpoint_is_swept_for_passkeys(tmp_path, capfd):
         assert message in messages
 
 
+def test_generate(tmp_path, capfd, monkeypatch):
+    """Prompts that cannot be read are an error, not a traceback; any of several tokens may end a text."""
+    source = with_a_tokenizer(LLAMA, tmp_path / "llama")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for arguments, message in [
+        (("--prompt=\N{SNOWMAN}",), "the prompt: the vocabulary has no token for the byte 0xe2"),
+        ((f"--prompt_file={tmp_path / 'latin.txt'}",), "latin.txt: no UTF-8 at byte 3"),
+        ((f"--prompt_file={tmp_path / 'none.txt'}",), "none.txt: No such file or directory"),
+    ]:
+        assert call_program("generate", f"--model={source}", *arguments) == 2
+        assert message in capfd.readouterr().err
+    written = jnp.asarray([[ord("a"), ord("b"), ord("c"), ord("d")]], jnp.int32)
+    monkeypatch.setattr(lcr, "generate", lambda *arguments, **options: (written, None))
+    for ends, text in (([], "abcd"), ([ord("d"), ord("c")], "ab")):
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert call_program("generate", f"--model={source}", "--prompt=x") == 0
+        assert capfd.readouterr().out == text + "\n"
+
+
 def test_a_fingerprint_tells_models_apart():
     model, _ = lcr.load_pretrained(MAMBA, progress=False)
     one = fingerprint(model, "bytes")
