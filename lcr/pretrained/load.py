@@ -24,7 +24,7 @@ from lcr.pretrained.parameters import Shardings, allocate, assemble, choose_shar
 from lcr.pretrained.pth import PthFile
 from lcr.pretrained.safetensors import TensorFile
 from lcr.pretrained.source import Source
-from lcr.pretrained.tensors import Line, Table
+from lcr.pretrained.tensors import Line, Table, check_range
 from lcr.pretrained.tensors import Path as ParameterPath
 
 INDEX = "model.safetensors.index.json"
@@ -80,7 +80,8 @@ def load_model(
 
     Raises: FileNotFoundError for what is not there; ValueError for an unknown `model_type` or an unsupported field
     (naming it, and what is supported), for tensors that are missing, of no use, or of a wrong shape (all are named),
-    and for a damaged file; before any parameter is allocated.
+    and for a damaged file; before any parameter is allocated. And, when it is read, for a number that the parameter's
+    dtype does not hold.
     """
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
@@ -93,6 +94,7 @@ def load_model(
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=not progress) as bar:
         for name in table.shapes:
             for parameter, box, values in table.parts(name, stored[name].read()):
+                check_range(name, values, buffers[parameter].dtype)
                 buffers[parameter].put(box, values)
             bar.update(stored_bytes(stored[name]))
     model = assemble(table, buffers)
@@ -155,6 +157,8 @@ def open_folder(folder: Path, dtype: str | None) -> Checkpoint:
     where = folder / "config.json"
     reader = Fields(fields, str(where), tensors=len(stored))
     try:
+        if "quantization_config" in fields:
+            reader.only("quantization_config", None)  # its tensors are in another format, whatever the family
         options = family.read(reader)
         config = ModelConfig(**options, dtype=dtype or compute_dtype(stored))
     except ValueError as error:
@@ -201,6 +205,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Family]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with config.json and *.safetensors")
     where = folder / "config.json"
+    if where.exists() and not where.is_file():
+        raise ValueError(f"{where}: is no file; expected the configuration of a Hugging Face checkpoint")
     if not where.exists():
         raise FileNotFoundError(f"{where}: no such file; expected the configuration of a Hugging Face checkpoint")
     try:
@@ -226,7 +232,8 @@ def open_files(folder: Path) -> dict[str, TensorFile]:
     for path in single or shards or found:
         file = TensorFile(path)
         if twice := files.keys() & file.entries.keys():
-            raise ValueError(f"{folder}: {_listed(sorted(twice))} in more than one file; expected {INDEX} to say in which")
+            twice = _listed(sorted(twice))
+            raise ValueError(f"{folder}: {twice} in more than one file; expected {INDEX} to say in which")
         files |= dict.fromkeys(file.entries, file)
     if not found:
         refuse_pickles(folder, sorted(f.name for pattern in ("*.bin", "*.pth", "*.pt") for f in folder.glob(pattern)))
@@ -235,6 +242,11 @@ def open_files(folder: Path) -> dict[str, TensorFile]:
 
 
 def refuse_pickles(where: Path, pickles: list[str]) -> None:
+    if authors := [name for name in pickles if name.endswith(".pth")]:
+        raise ValueError(
+            f"{where}: holds {', '.join(authors)} and no safetensors; an RWKV-7 in its author's format is loaded by the "
+            f"name of the file, {where / authors[0]}"
+        )
     if pickles:
         raise ValueError(
             f"{where}: holds {', '.join(pickles)} and no safetensors. Such files are pickles, which can run code of "
@@ -251,6 +263,7 @@ def _indexed(folder: Path) -> dict[str, TensorFile]:
         names = None
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
         raise ValueError(f"{where}: expected a JSON object with a 'weight_map' of tensors' names to files")
+    refuse_pickles(where, sorted({file for file in names.values() if file.endswith((".bin", ".pt", ".pth"))}))
     files = {}
     for file in sorted(set(names.values())):
         # also a link, which leads out of the folder in the Hub's own cache, is a name in it

@@ -20,7 +20,7 @@ class Buffers:
     for the default device where that is None."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None):
-        self.shape, self.sharding = shape, sharding
+        self.shape, self.dtype, self.sharding = shape, dtype, sharding
         indices = {None: (slice(None),) * len(shape)}
         if sharding is not None:
             indices = sharding.addressable_devices_indices_map(shape)

@@ -31,8 +31,8 @@ SHARD_BYTES = 5_000_000_000
 # of its checkpoint's config.json, what stays of a model that was changed, and what does not of one that was not: the
 # authors' own code, and layers, that are not exported
 KEPT = (
-    "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "context_length", "rescale_every",
-    "initializer_range", "use_cache", "attention_dropout", "tokenizer_class",
+    "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "context_length", "initializer_range",
+    "use_cache", "attention_dropout", "tokenizer_class",
 )  # fmt: skip
 DROPPED = ("auto_map", "num_nextn_predict_layers", "num_mtp_layers")
 
@@ -52,19 +52,23 @@ def save_model(
     tokenizer: its files are copied, if it came from any. family: a `model_type` of `FAMILIES`; None: that of the
         checkpoint which the model was loaded from (or that its run began from) if it still has its form, else the first
         whose form it has. dtype: of the tensors; None: that of the checkpoint it came from, else of the embedding.
-    overwrite: whether the folder may be there already; it is then replaced as a whole.
+    overwrite: whether the folder may be there already: an empty one, or a checkpoint's (it has a config.json), which is
+        replaced as a whole. With tokenizer None the files of the tokenizer that is there, and generation_config.json
+        and the chat template, stay; nothing else does.
 
     Everything is written to a folder beside it, which takes its name at the end: what was there stays until then. Killed
     between the two renames that this takes, the old folder lies beside it whole, as `.<name>.old.*/<name>`.
-    Raises: FileExistsError for a folder that is there, without overwrite; ValueError for an unknown family or dtype,
-    for a folder in which the program runs, and for a model that no family, or not this one, has the form of (naming
-    what differs).
+    Raises: FileExistsError for a folder that is there, without overwrite, or that is no checkpoint's; OSError where it
+    cannot be made; ValueError for what is no model or no tokenizer, for an unknown family or dtype, for a folder in which
+    the program runs, for numbers that the dtype does not hold, and for a model that no family, or not this one, has the
+    form of (naming what differs).
     """
+    if not isinstance(model, Decoder):
+        raise ValueError(f"model={model!r}: expected a model, as lcr.make_model and lcr.load_pretrained give it")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"tokenizer={tokenizer!r}: expected what lcr.load_pretrained gave with the model, or None")
     target = checked_target(path)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target}: exists already; expected a new folder, or overwrite=True")
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target}: is no folder")
+    check_replaceable(target, overwrite)
     source = getattr(model, "source", None)
     if dtype is not None:
         check_choice("dtype", dtype, FLOATS)
@@ -84,12 +88,15 @@ def save_model(
     fields |= {"model_type": chosen.model_type, "architectures": [chosen.architecture]}
     names = ("dtype", "torch_dtype")  # the newer and the older
     fields |= {name: common for name in fields.keys() & names or names}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:  # of its parent, or of a temporary name
+        raise OSError(f"{target}: cannot be made: {error.strerror}; expected a folder that can be written to") from error
     try:
         (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         write_shards(temporary, table, parameters, dtypes, shard_bytes)
-        copy_tokenizer(tokenizer, temporary)
+        copy_tokenizer(target if tokenizer is None else getattr(tokenizer, "folder", None), temporary)
         replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,6 +110,20 @@ def checked_target(path: str | os.PathLike) -> Path:
     if target == target.parent or Path.cwd().is_relative_to(target):
         raise ValueError(f"path={str(path)!r}: is the folder in which this runs, or above it; expected another")
     return target
+
+
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raises FileExistsError for what is there and is not to be replaced."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target}: is no folder")
+    if not overwrite:
+        raise FileExistsError(f"{target}: exists already; expected a new folder, or overwrite=True")
+    if any(target.iterdir()) and not (target / "config.json").is_file():
+        raise FileExistsError(
+            f"{target}: has no config.json, so it is no checkpoint's folder; expected one, an empty one or a new one"
+        )
 
 
 def export_config(config: ModelConfig, family: str | None, source: Source | None) -> tuple[dict[str, Any], Family]:
@@ -181,8 +202,7 @@ def write_shards(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
-    source = getattr(tokenizer, "folder", None)
+def copy_tokenizer(source: Path | None, folder: Path) -> None:
     for name in [] if source is None else [*FILES, *(path.name for path in source.glob("rwkv_vocab*.txt"))]:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
@@ -190,7 +210,9 @@ def copy_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
 
 def replace(temporary: Path, target: Path) -> None:
     """Gives the folder its name; what had it goes when nothing can fail any more."""
-    os.chmod(temporary, 0o755)
+    umask = os.umask(0)  # which can only be read so
+    os.umask(umask)
+    os.chmod(temporary, 0o777 & ~umask)  # a temporary folder is its owner's alone
     if not target.exists():
         os.rename(temporary, target)
         return

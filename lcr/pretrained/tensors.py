@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -110,12 +111,29 @@ class Table:
             yield path, box, line.theirs(tensor).reshape([part.stop - part.start for part in box])
 
     def export(self, name: str, parameters: Mapping[Path, np.ndarray], dtype: np.dtype) -> np.ndarray:
-        """The tensor `name` of these parameters."""
+        """The tensor `name` of these parameters. Raises: ValueError for numbers that `dtype` does not hold."""
         tensor = np.empty(self.shapes[name], dtype)
         for line, path, repetition, _ in self.places[name]:
             array = parameters[path] if repetition is None else parameters[path][repetition]
-            line.theirs(tensor)[...] = line.ours(array)
+            values = line.ours(array)
+            check_range(name, values, dtype)
+            line.theirs(tensor)[...] = values
         return tensor
+
+
+def check_range(name: str, values: np.ndarray, dtype: np.dtype) -> None:
+    """Raises: ValueError where a finite number of a tensor is infinite in `dtype`."""
+    largest = float(jnp.finfo(dtype).max)
+    if 2 * largest >= float(jnp.finfo(values.dtype).max):  # bfloat16 holds what float32 does
+        return
+    with np.errstate(over="ignore"):
+        over = np.isinf(values.astype(dtype)) & np.isfinite(values)
+    if over.any():
+        wider = ", or dtype bfloat16 or float32" if dtype == np.float16 else ""
+        raise ValueError(
+            f"{name}: {values[over][0]} is more than {largest:.5g}, the most that {dtype.name} holds; expected smaller "
+            f"numbers{wider}"
+        )
 
 
 def abstract_model(config: ModelConfig) -> tuple[Any, dict[Path, Any]]:
