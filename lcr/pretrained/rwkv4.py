@@ -1,9 +1,9 @@
 """RWKV-4 (arXiv 2305.13048).
 
-With `rescale_every` = n > 0 transformers divides the residual stream by 2 after every n layers, in evaluation and not in
-training, and the layers' output weights with it: against overflow in float16. Of what is computed it changes only what
-the norms' epsilon is held against, LN(x / 2^k, eps) = LN(x, 4^k eps). Here it is computed as in training, always (with 32
-layers of random weights the logits differ by 2e-3).
+With `rescale_every` = n > 0 transformers divides the residual stream by 2 after every n layers, in evaluation and not
+in training, and the layers' output weights with it: against overflow in float16. Of what is computed it changes only
+what the norms' epsilon is held against, LN(x / 2^k, eps) = LN(x, 4^k eps). Here it is computed as in training, always
+(with 32 layers of random weights the logits differ by 2e-3).
 """
 
 import logging
@@ -25,9 +25,9 @@ def read(c: Fields) -> dict[str, Any]:
     if (every := c.whole("rescale_every", 6, least=0)) and c.tensors is not None:  # read to be loaded
         logger.info(
             "%s: rescale_every=%d is left out, as transformers does in training: in evaluation it halves the residual "
-            "every %d layers against overflow in float16, which changes the norms' epsilon alone", c.where, every, every,
+            "every %d layers against overflow in float16, which changes the norms' epsilon alone",
+            c.where, every, every,
         )  # fmt: skip
-    c.only("layer_norm_epsilon", 1e-5)  # transformers has another in its last norm, always this one
     return {
         "vocab_size": c.whole("vocab_size", 50_277),
         "d_model": width,
@@ -37,7 +37,8 @@ def read(c: Fields) -> dict[str, Any]:
         "feed_forward": "channel_mixing",
         "feed_forward_options": {"channel_mixing": {"mix_of": "current"}},
         "norm": "layer",
-        "norm_epsilon": 1e-5,
+        "norm_epsilon": c.number("layer_norm_epsilon", 1e-5),
+        "final_norm_epsilon": 1e-5,  # in transformers, whatever that of the others is
         "embedding_norm": True,
         "tie_embeddings": c.flag("tie_word_embeddings", False),
     }
