@@ -29,12 +29,12 @@ from lcr.pretrained.written_out import written_out
 
 SHARD_BYTES = 5_000_000_000
 # of its checkpoint's config.json, what stays of a model that was changed, and what does not of one that was not: the
-# authors' own code, and layers, that are not exported
+# authors' own code, and layers, that are not exported, and the other of two names that a norm has (fla.UNFUSED)
 KEPT = (
     "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "context_length", "initializer_range",
     "use_cache", "attention_dropout", "tokenizer_class",
 )  # fmt: skip
-DROPPED = ("auto_map", "num_nextn_predict_layers", "num_mtp_layers")
+DROPPED = ("auto_map", "num_nextn_predict_layers", "num_mtp_layers", "fuse_norm")
 
 
 def save_model(
@@ -56,12 +56,12 @@ def save_model(
         replaced as a whole. With tokenizer None the files of the tokenizer that is there, and generation_config.json
         and the chat template, stay; nothing else does.
 
-    Everything is written to a folder beside it, which takes its name at the end: what was there stays until then. Killed
-    between the two renames that this takes, the old folder lies beside it whole, as `.<name>.old.*/<name>`.
+    Everything is written to a folder beside it, which takes its name at the end: what was there stays until then.
+    Killed between the two renames that this takes, the old folder lies beside it whole, as `.<name>.old.*/<name>`.
     Raises: FileExistsError for a folder that is there, without overwrite, or that is no checkpoint's; OSError where it
-    cannot be made; ValueError for what is no model or no tokenizer, for an unknown family or dtype, for a folder in which
-    the program runs, for numbers that the dtype does not hold, and for a model that no family, or not this one, has the
-    form of (naming what differs).
+    cannot be made; ValueError for what is no model or no tokenizer, for an unknown family or dtype, for a folder in
+    which the program runs, for numbers that the dtype does not hold, and for a model that no family, or not this one,
+    has the form of (naming what differs).
     """
     if not isinstance(model, Decoder):
         raise ValueError(f"model={model!r}: expected a model, as lcr.make_model and lcr.load_pretrained give it")
@@ -92,7 +92,8 @@ def save_model(
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:  # of its parent, or of a temporary name
-        raise OSError(f"{target}: cannot be made: {error.strerror}; expected a folder that can be written to") from error
+        mend = "expected a folder that can be written to"
+        raise OSError(f"{target}: cannot be made: {error.strerror}; {mend}") from error
     try:
         (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         write_shards(temporary, table, parameters, dtypes, shard_bytes)
