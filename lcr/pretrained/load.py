@@ -148,12 +148,7 @@ def is_run(path: str | os.PathLike) -> bool:
 def open_folder(folder: Path, dtype: str | None) -> Checkpoint:
     """A folder as Hugging Face has them."""
     fields, family = read_config(folder)
-    stored = {}
-    for name, file in open_files(folder).items():
-        ours = name
-        for pattern, replacement in family.renamed:
-            ours = re.sub(pattern, replacement, ours)
-        stored[ours] = Stored(file, name)
+    stored = {name: Stored(file, name) for name, file in open_files(folder).items()}
     where = folder / "config.json"
     reader = Fields(fields, str(where), tensors=len(stored))
     try:
@@ -215,6 +210,14 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Family]:
         raise ValueError(f"{where}: no JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise ValueError(f"{where}: expected a JSON object with a 'model_type'")
+    if fields["model_type"] not in FAMILIES and "text_config" in fields:
+        raise ValueError(
+            f"{where}: model_type={fields['model_type']!r} has a 'text_config': a model of text and images, say, of "
+            f"which only the text model is supported, as a folder of its own ({', '.join(FAMILIES)}). With transformers, "
+            "for gemma3: whole = Gemma3ForConditionalGeneration.from_pretrained(folder); text = "
+            "Gemma3ForCausalLM(whole.config.text_config); text.model = whole.model.language_model; text.tie_weights(); "
+            "text.save_pretrained(another)"
+        )
     if fields["model_type"] not in FAMILIES:
         raise ValueError(f"{where}: " + unknown_name("model_type", fields["model_type"], FAMILIES))
     return fields, FAMILIES[fields["model_type"]]
@@ -244,8 +247,8 @@ def open_files(folder: Path) -> dict[str, TensorFile]:
 def refuse_pickles(where: Path, pickles: list[str]) -> None:
     if authors := [name for name in pickles if name.endswith(".pth")]:
         raise ValueError(
-            f"{where}: holds {', '.join(authors)} and no safetensors; an RWKV-7 in its author's format is loaded by the "
-            f"name of the file, {where / authors[0]}"
+            f"{where}: holds {', '.join(authors)} and no safetensors; an RWKV-7 in its author's format is loaded by "
+            f"the name of the file, {where / authors[0]}"
         )
     if pickles:
         raise ValueError(
@@ -286,6 +289,11 @@ def make_table(checkpoint: Checkpoint) -> Table:
         table = Table(config, checkpoint.lines(config))
     except ValueError as error:  # options that do not go together
         raise ValueError(f"{checkpoint.where / 'config.json'}: {error}") from None
+    for name in [name for name in stored if name not in table.shapes]:
+        ours = name
+        for pattern, replacement in family.renamed:
+            ours = re.sub(pattern, replacement, ours)
+        stored.setdefault(ours, stored.pop(name))
     wrong = []
     if missing := [name for name in table.shapes if name not in stored]:
         wrong.append(f"missing: {_listed(missing)}")

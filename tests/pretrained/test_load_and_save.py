@@ -21,6 +21,7 @@ from lcr.pretrained.save import save_model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pretrained" / "llama_gqa"
 SHARD = 200_000
+UNKNOWN_ACTIVATIONS = ("gelu_10", "laplace", "xielu", "prelu")  # of transformers; two of them have parameters
 
 
 @pytest.fixture
@@ -51,9 +52,11 @@ def rewrite(folder, edit):
     ("fields", "message"),
     [
         ({"model_type": "lama"}, "unknown model_type 'lama'. Did you mean 'llama'"),
+        ({"model_type": "gemma3", "text_config": {}}, "only the text model is supported.*gemma3_text.*save_pretrained"),
         ({"model_type": None}, "expected a JSON object with a 'model_type'"),
         ({"hidden_size": 10**30}, f"hidden_size={10**30}; expected a whole number of at most 2,147,483,647"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*; expected None"),
+        *[({"hidden_act": name}, f"hidden_act='{name}' is not supported") for name in UNKNOWN_ACTIVATIONS],
         ({"hidden_act": "snake"}, "hidden_act='snake' is not supported; supported: silu, gelu"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0; expected a whole number of at least 1"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000; expected at most the 29 tensors"),
@@ -290,6 +293,13 @@ for arguments, options, message in [
     assert not (tmp_path / "out").exists()
 
 
+def test_routing_that_its_authors_and_transformers_take_for_two_things(tmp_path):
+    folder = pathlib.Path(shutil.copytree(GOLDEN.with_name("deepseek_v2_lite"), tmp_path / "source"))
+    change(folder, norm_topk_prob=True)
+    with pytest.raises(ValueError, match="norm_topk_prob=True; expected False"):
+        load_model(folder, progress=False)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_numbers_that_a_dtype_does_not_hold(tmp_path, folder, dtype):
     rewrite(folder, lambda t: t.update({"model.norm.weight": np.full(72, 66_000, dtype)}))
@@ -298,7 +308,7 @@ def test_numbers_that_a_dtype_does_not_hold(tmp_path, folder, dtype):
         save_model(loaded, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
     rewrite(folder, lambda t: t.update({"model.norm.weight": np.full(72, 1e39, np.float64)}))
-    with pytest.raises(ValueError, match="model.norm.weight: 1e.39 is more than 3.4028e.38, the most that float32 holds"):
+    with pytest.raises(ValueError, match="model.norm.weight: 1e.39 is more than 3.4028e.38, the most that float32"):
         load_model(folder, progress=False)
 
 
@@ -333,6 +343,70 @@ def test_models_of_our_own_go_out(tmp_path, config, model_type):
     tokens = jnp.asarray([[1, 2, 3, 4]])
     again = load_model(tmp_path / "out", progress=False)
     np.testing.assert_array_equal(np.asarray(again(tokens)[0]), np.asarray(model(tokens)[0]))
+
+
+def same_again(model, folder, tokens):
+    """Whether what is exported computes the same when it is loaded; gives its fields and the names of its tensors."""
+    save_model(model, folder)
+    again = load_model(folder, progress=False)
+    np.testing.assert_array_equal(np.asarray(again(tokens)[0]), np.asarray(model(tokens)[0]))
+    save_model(again, folder.with_name("again"))
+    assert load_model(folder.with_name("again"), progress=False).config == again.config
+    return json.loads((folder / "config.json").read_text()), open_files(folder).keys()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "first", "frequency"),
+    [("sssm", 3, 1), ("mssm", 0, 3), ("ssms", 2, 2), ("msss", 0, 4), ("ssss", 4, 1), ("smmm", 1, 1)],
+)
+def test_mixtures_in_some_layers(tmp_path, kinds, first, frequency):
+    """DeepSeek's moe_layer_freq: mixtures in every so many layers, from some layer on."""
+    names = {"s": "swiglu", "m": "moe"}
+    config = {"vocab_size": 11, "d_model": 32, "mixers": ("mla",) * len(kinds), "d_ff": 24}
+    config |= {"feed_forward": tuple(names[kind] for kind in kinds)}
+    if "m" in kinds:
+        config |= {"feed_forward_options": {"moe": {"normalize": False, "num_experts": 3}}}
+    model = lcr.make_model(config, rngs=nnx.Rngs(0))
+    fields, _ = same_again(model, tmp_path / "out", jnp.asarray([[1, 2, 3, 4]]))
+    assert (fields["first_k_dense_replace"], fields["moe_layer_freq"]) == (first, frequency)
+
+
+def test_mixtures_in_other_layers_than_deepseek_has_them(tmp_path):
+    config = {"vocab_size": 11, "d_model": 32, "mixers": ("mla",) * 4, "d_ff": 24}
+    config |= {"feed_forward": ("swiglu", "moe") * 2, "feed_forward_options": {"moe": {"normalize": False}}}
+    with pytest.raises(ValueError, match="deepseek_v2 would have feed_forward="):  # of multiples of 2 alone
+        save_model(lcr.make_model(config, rngs=nnx.Rngs(0)), tmp_path / "out", family="deepseek_v2")
+
+
+@pytest.mark.parametrize("mixer", ["gla", "retnet"])
+@pytest.mark.parametrize(("gate", "norm_scale"), [(False, True), (True, False), (False, False)])
+def test_heads_without_a_gate_or_a_scale(tmp_path, mixer, gate, norm_scale):
+    options = {"gate": gate, "norm_scale": norm_scale}
+    if mixer == "retnet":  # as flash-linear-attention rotates heads of width 16
+        options |= {"num_heads": 2, "value_factor": 2.0, "rotation_base": 10_000.0 ** (1 - 2 / 16)}
+    config = {"vocab_size": 11, "d_model": 32, "mixers": (mixer,) * 2, "mixer_options": {mixer: options}}
+    model = lcr.make_model(config | {"norm_epsilon": 1e-6 if mixer == "retnet" else 1e-5}, rngs=nnx.Rngs(0))
+    fields, names = same_again(model, tmp_path / "out", jnp.asarray([[1, 2, 3, 4]]))
+    assert (fields["use_output_gate"], fields["elementwise_affine"]) == (gate, norm_scale)
+    norms = {name.split(".attn.")[1] for name in names if ".attn.g_norm" in name}
+    assert norms == ({"g_norm_swish_gate.weight" if gate else "g_norm.weight"} if norm_scale else set())
+
+
+def test_a_norm_of_the_other_name_goes_out_with_the_field_for_it(tmp_path):
+    """Where flash-linear-attention computes norm and gate apart, the norm has another name, which no export has."""
+    folder = pathlib.Path(shutil.copytree(GOLDEN.with_name("fla_gla"), tmp_path / "source"))
+    other = {"g_norm_swish_gate": "g_norm"}
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.replace(*next(iter(other.items())))] = tensors.pop(name)
+
+    rewrite(folder, rename)
+    change(folder, fuse_norm=False)
+    loaded = load_model(folder, progress=False)
+    save_model(loaded, tmp_path / "out")
+    assert open_files(tmp_path / "out").keys() == open_files(GOLDEN.with_name("fla_gla")).keys()
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).get("fuse_norm", True)
 
 
 def test_models_that_no_family_has_the_form_of(tmp_path):
