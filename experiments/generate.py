@@ -3,7 +3,7 @@
     python -m experiments.generate --model=path/to/folder --prompt="The pass key is" --max_new_tokens=64
     python -m experiments.generate --model=path/to/folder --prompt_file=book.txt --temperature=0.8 --seed=1
 
-Prints the continuation, up to the token that ends a text where the tokenizer has one; how long reading and writing took
+Prints the continuation, up to the first token that ends a text where the tokenizer has any; how long reading and writing took
 goes to stderr.
 
 Exit codes: 0 done; 2 a mistake in the command, or no model to load; 130 stopped by Ctrl-C.
@@ -30,7 +30,7 @@ flags.mark_flags_as_required(["model"])
 def main() -> None:
     if (PROMPT.value is None) == (PROMPT_FILE.value is None):
         fail("expected --prompt=TEXT or --prompt_file=FILE, one of the two")
-    text = PROMPT.value if PROMPT.value is not None else Path(PROMPT_FILE.value).read_text(encoding="utf-8")
+    text = PROMPT.value if PROMPT.value is not None else read_prompt(Path(PROMPT_FILE.value))
 
     import jax
     import jax.numpy as jnp
@@ -41,8 +41,10 @@ def main() -> None:
         model, tokenizer = lcr.load_pretrained(MODEL.value, dtype=DTYPE.value)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
-    ids = getattr(tokenizer, "prompt", tokenizer.encode)(text)  # with what begins a text, where the tokenizer says so
-    eos = getattr(tokenizer, "eos", None)
+    try:
+        ids = getattr(tokenizer, "prompt", tokenizer.encode)(text)  # with what begins a text, where the tokenizer says so
+    except (ValueError, TypeError) as error:  # TypeError: of the library, for what is no Unicode
+        fail(f"the prompt: {error}; expected a text that the {tokenizer.name!r} tokenizer can write")
     if not ids.size:
         fail("the prompt is empty: expected at least one token")
     if ids.max() >= model.config.vocab_size:
@@ -59,7 +61,7 @@ def main() -> None:
         key=jax.random.key(SEED.value),
     )
     written = np.asarray(tokens)[0]
-    if eos is not None and (ends := np.flatnonzero(written == eos)).size:
+    if (ends := np.flatnonzero(np.isin(written, getattr(tokenizer, "eos", ())))).size:
         written = written[: ends[0]]
     # many models have more rows than their tokenizer has tokens
     known = written[written < tokenizer.vocab_size]
@@ -68,6 +70,15 @@ def main() -> None:
         print(f"{written.size - known.size} ids left out, which the tokenizer does not have", file=sys.stderr)
     seconds = time.perf_counter() - start
     print(f"{ids.size} tokens read, {written.size} written in {seconds:.1f} s, compiling included", file=sys.stderr)
+
+
+def read_prompt(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        fail(f"--prompt_file={path}: no UTF-8 at byte {error.start}; expected a text in UTF-8")
+    except OSError as error:
+        fail(f"--prompt_file={path}: {error.strerror}; expected a file with the text to go on from")
 
 
 if __name__ == "__main__":

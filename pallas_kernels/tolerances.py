@@ -1,7 +1,8 @@
 """The one table of tolerances, and the one way to compare.
 
 An error is the largest absolute difference divided by the largest absolute expected value (at least 1e-3, so that
-a result that ought to be zero is held to an absolute bound). The table means the same on every machine.
+a result that ought to be zero is held to an absolute bound); for the kinds of `ABSOLUTE` it is the difference itself. The
+table means the same on every machine.
 """
 
 import jax
@@ -12,8 +13,9 @@ TOLERANCE = {
     "float32": 2e-5,
     "float32 gradient": 1e-4,
     "float32 oracle": 1e-4,
-    # logits of whole checkpoints of a few layers against the float32 of others, which is itself up to 1e-5 from float64
-    "pretrained": 5e-5,
+    # logits of whole checkpoints of a few layers (up to 10) against the float32 of others, which is itself up to 8e-5 from
+    # float64; absolute
+    "pretrained": 2e-4,
     # a form run in float64 against a float64 oracle (limited by the oracle's own rounding where that is float32)
     "float64": 1e-10,
     "float64 against float32 oracle": 1e-5,
@@ -30,9 +32,10 @@ TOLERANCE = {
     # the same numbers by the same operations: nothing may differ
     "exact": 0.0,
 }
+ABSOLUTE = {"pretrained"}
 
 
-def error(actual, expected) -> float:
+def error(actual, expected, *, absolute: bool = False) -> float:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {actual.shape} instead of {expected.shape}")
@@ -42,7 +45,8 @@ def error(actual, expected) -> float:
         raise AssertionError("the actual value is not finite")
     if actual.size == 0:
         return 0.0
-    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-3))
+    scale = 1.0 if absolute else max(np.abs(expected).max(), 1e-3)
+    return float(np.abs(actual - expected).max() / scale)
 
 
 def assert_close(actual, expected, kind: str, what: str = "") -> None:
@@ -51,6 +55,6 @@ def assert_close(actual, expected, kind: str, what: str = "") -> None:
     expected_leaves, expected_tree = jax.tree_util.tree_flatten_with_path(expected)
     assert actual_tree == expected_tree, f"{what}: {actual_tree} instead of {expected_tree}"
     for (path, a), (_, e) in zip(actual_leaves, expected_leaves, strict=True):
-        found = error(a, e)
+        found = error(a, e, absolute=kind in ABSOLUTE)
         name = what + jax.tree_util.keystr(path)
         assert found <= TOLERANCE[kind], f"{name}: error {found:.2e} above {TOLERANCE[kind]:.0e} ({kind})"

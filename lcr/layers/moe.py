@@ -19,7 +19,8 @@ class MoEConfig:
 
     num_experts, top_k: E, and how many of them a token goes through.
     d_expert: width of each expert; None: the model's feed-forward width over top_k, so that a token costs the same.
-    num_shared: experts that every token goes through, as one SwiGLU of num_shared d_expert.
+    num_shared: experts that every token goes through, as one SwiGLU of num_shared d_expert. shared_bias: whether that one
+        has biases.
     activation: of the experts, a name of `lcr.layers.mlp.ACTIVATIONS`.
     scoring: "softmax" over the experts (arXiv 2101.03961) or "sigmoid" of each (DeepSeek-V3, arXiv 2412.19437).
     num_groups, top_groups: the experts stand in so many equal groups, and a token chooses from its best top_groups of
@@ -36,6 +37,7 @@ class MoEConfig:
     top_k: int = 2
     d_expert: int | None = None
     num_shared: int = 0
+    shared_bias: bool = False
     activation: str = "silu"
     scoring: str = "softmax"
     num_groups: int = 1
@@ -50,7 +52,7 @@ class MoEConfig:
     def __post_init__(self):
         check_whole(num_experts=self.num_experts, top_k=self.top_k)
         check_whole(num_groups=self.num_groups, top_groups=self.top_groups)
-        check_flags(normalize=self.normalize)
+        check_flags(normalize=self.normalize, shared_bias=self.shared_bias)
         if self.d_expert is not None:
             check_whole(d_expert=self.d_expert)
         check_positive(weight_scale=self.weight_scale, balance_weight=self.balance_weight, bias_rate=self.bias_rate)
@@ -109,7 +111,7 @@ class MoE(nnx.Module):
         if config.balance == "bias":
             self.selection_bias = nnx.Param(jnp.zeros((experts,), jnp.float32), group="selection_bias")
         if config.num_shared:
-            options = {"activation": config.activation, "dtype": dtype, "rngs": rngs}
+            options = {"activation": config.activation, "use_bias": config.shared_bias, "dtype": dtype, "rngs": rngs}
             self.shared = SwiGLU(d_model, width * config.num_shared, **options)
 
     def __call__(self, x: Activations, segment_ids: SegmentIds | None = None) -> tuple[Activations, Routing]:

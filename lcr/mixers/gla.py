@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from pallas_kernels.linear_attention.api import IMPLEMENTATIONS, linear_attention
 
-from lcr.checks import check_call, check_compute, check_positive, check_whole
+from lcr.checks import check_call, check_compute, check_flags, check_positive, check_whole, is_number
 from lcr.layers.heads import default_num_heads, head_width
 from lcr.layers.norms import RMSNorm
 from lcr.layers.segments import forget, read_segments
@@ -23,7 +23,9 @@ class GLAConfig:
     key_factor, value_factor: width of all keys and of all values together, as multiples of d_model.
     gate_rank: rank of the decays' projection.
     gate_normalizer: tau, what the log of the sigmoid is divided by: a sigmoid of 1/2 decays by 2^(-1 / tau) a token.
-    norm_eps: of the root-mean-square norm of each head.
+    least_log_decay: the logarithm that no token's decay falls below (flash-linear-attention's clamp_min); None: none.
+    gate: whether the output is gated by swish(x W_g). norm_eps: of the root-mean-square norm of each head. norm_scale:
+        whether that norm has a learned scale.
     dtype: of the compute; parameters are float32. implementation: of `linear_attention`.
     """
 
@@ -32,7 +34,10 @@ class GLAConfig:
     value_factor: float = 1.0
     gate_rank: int = 16
     gate_normalizer: float = 16.0
+    least_log_decay: float | None = None
+    gate: bool = True
     norm_eps: float = 1e-5
+    norm_scale: bool = True
     dtype: Any = jnp.float32
     implementation: str | None = None
 
@@ -41,6 +46,9 @@ class GLAConfig:
         for name in ("key_factor", "value_factor", "gate_normalizer", "norm_eps"):
             check_positive(**{name: getattr(self, name)})
         check_whole(gate_rank=self.gate_rank)
+        check_flags(gate=self.gate, norm_scale=self.norm_scale)
+        if self.least_log_decay is not None and not (is_number(self.least_log_decay) and self.least_log_decay < 0):
+            raise ValueError(f"least_log_decay={self.least_log_decay!r}: expected None, or a number below 0")
         if self.num_heads is not None:
             check_whole(num_heads=self.num_heads)
 
@@ -87,11 +95,11 @@ class GLA(nnx.Module):
         self.q_proj = linear(d_model, keys)
         self.k_proj = linear(d_model, keys)
         self.v_proj = linear(d_model, values)
-        self.gate_proj = linear(d_model, values)
+        self.gate_proj = linear(d_model, values) if config.gate else None
         self.decay_down = gate(d_model, config.gate_rank)
         self.decay_up = gate(config.gate_rank, keys)
         self.decay_bias = nnx.Param(jnp.zeros((keys,), jnp.float32), group="no_decay")
-        self.norm = RMSNorm(self.value_width, epsilon=config.norm_eps)
+        self.norm = RMSNorm(self.value_width, epsilon=config.norm_eps, use_scale=config.norm_scale)
         self.out_proj = linear(values, d_model)
 
     def init_state(self, batch: int, capacity: int = 0, dtype: Any = None) -> GLAState:
@@ -116,6 +124,8 @@ class GLA(nnx.Module):
         decay = jnp.einsum("btd,dr->btr", x.astype(jnp.float32), self.decay_down[...], precision="highest")
         decay = jnp.einsum("btr,rk->btk", decay, self.decay_up[...], precision="highest")
         decay = jax.nn.log_sigmoid(decay + self.decay_bias[...][None, None]) / self.config.gate_normalizer
+        if self.config.least_log_decay is not None:
+            decay = jnp.maximum(decay, self.config.least_log_decay)
         o, memory = linear_attention(
             heads(self.q_proj(x)),
             heads(self.k_proj(x)),
@@ -125,6 +135,8 @@ class GLA(nnx.Module):
             segment_ids=segments.ids,
             implementation=self.config.implementation,
         )
-        y = self.norm(o) * nnx.silu(heads(self.gate_proj(x)))
+        y = self.norm(o)
+        if self.gate_proj is not None:
+            y = y * nnx.silu(heads(self.gate_proj(x)))
         y = self.out_proj(y.reshape(batch, length, -1))
         return y, GLAState(memory=memory, segment_id=segments.segment_id, position=segments.position)

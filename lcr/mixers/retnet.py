@@ -28,8 +28,8 @@ class RetNetConfig:
     decay_exponents: e_h of the decay 1 - 2^-e_h of each head; None: 5, 6, 7, ... as in the paper. A head remembers
         about 2^e_h tokens, so with four heads the longest memory is 2^8 tokens.
     rotation_base: the slowest channel pair turns by 1 / rotation_base radians per token, the fastest by 1.
-    norm_eps: of the root-mean-square norm of each head. norm_scale: whether that norm has a learned scale, which the
-        heads share (as in flash-linear-attention; not in the paper's own code).
+    gate: whether the output is gated. norm_eps: of the root-mean-square norm of each head. norm_scale: whether that
+        norm has a learned scale, which the heads share (as in flash-linear-attention; not in the paper's own code).
     dtype: of the compute; parameters are float32. implementation: of `linear_attention`.
     """
 
@@ -37,6 +37,7 @@ class RetNetConfig:
     value_factor: float = 2
     decay_exponents: Sequence[float] | None = None
     rotation_base: float = 10_000.0
+    gate: bool = True
     norm_eps: float = 1e-6
     norm_scale: bool = False
     dtype: Any = jnp.float32
@@ -53,7 +54,7 @@ class RetNetConfig:
                 check_positive(decay_exponents=exponent)
             # hashable, as a part of a jitted module is
             object.__setattr__(self, "decay_exponents", tuple(self.decay_exponents))
-        check_flags(norm_scale=self.norm_scale)
+        check_flags(gate=self.gate, norm_scale=self.norm_scale)
         check_compute(self.dtype, self.implementation, IMPLEMENTATIONS)
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "RetNet":
@@ -105,7 +106,7 @@ class RetNet(nnx.Module):
         self.q_proj = linear(d_model, d_model, 2**-2.5)
         self.k_proj = linear(d_model, d_model, 2**-2.5)
         self.v_proj = linear(d_model, values, 2**-2.5)
-        self.gate_proj = linear(d_model, values, 2**-2.5)
+        self.gate_proj = linear(d_model, values, 2**-2.5) if config.gate else None
         self.norm = RMSNorm(self.value_width, epsilon=config.norm_eps, use_scale=config.norm_scale)
         self.out_proj = linear(values, d_model, 2**-1)
 
@@ -137,7 +138,9 @@ class RetNet(nnx.Module):
             segment_ids=segments.ids,
             implementation=self.config.implementation,
         )
-        y = self.norm(o) * nnx.silu(heads(self.gate_proj))
+        y = self.norm(o)
+        if self.gate_proj is not None:
+            y = y * nnx.silu(heads(self.gate_proj))
         y = self.out_proj(y.reshape(batch, length, -1))
         return y, RetentionState(retention=retention, segment_id=segments.segment_id, position=segments.position)
 

@@ -34,7 +34,8 @@ class ModelConfig:
     embedding_scale: what embeddings are multiplied by (Gemma: sqrt(d_model)), rounded to the compute dtype.
     embedding_norm: whether they are normed (RWKV).
     norm:           "rms"; "rms_offset", its scale learned as the difference from 1 (Gemma); "layer" (LayerNorm); or
-                    "layer_without_bias". norm_epsilon: of these.
+                    "layer_without_bias". norm_epsilon: of these. final_norm_epsilon: of the last one, before the
+                    output, where it differs (RWKV-4 in transformers).
     post_norms:     whether what comes out of a mixer and a feed-forward is normed too, before it is added (Gemma 2).
     logit_soft_cap: logits become logit_soft_cap tanh(logit / logit_soft_cap).
     dtype:          of the compute, "float32" or "bfloat16"; parameters are float32, logits are float32.
@@ -58,10 +59,13 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "none"
     norm_epsilon: float = 1e-5
+    final_norm_epsilon: float | None = None
 
     def __post_init__(self):
         check_whole(vocab_size=self.vocab_size, d_model=self.d_model)
         check_positive(norm_epsilon=self.norm_epsilon, embedding_scale=self.embedding_scale)
+        if self.final_norm_epsilon is not None:
+            check_positive(final_norm_epsilon=self.final_norm_epsilon)
         if self.logit_soft_cap is not None:
             check_positive(logit_soft_cap=self.logit_soft_cap)
         for name in ("tie_embeddings", "embedding_norm", "post_norms"):
@@ -139,9 +143,9 @@ class ModelConfig:
         options = {"dtype": jnp.dtype(self.dtype), **self.mixer_options.get(name, {})}
         return mixer_config(name.partition(":")[0], **options)
 
-    def make_norm(self):
-        """A norm over the model's width."""
-        return NORMS[self.norm](self.d_model, epsilon=self.norm_epsilon)
+    def make_norm(self, epsilon: float | None = None):
+        """A norm over the model's width. epsilon: None for that of most."""
+        return NORMS[self.norm](self.d_model, epsilon=self.norm_epsilon if epsilon is None else epsilon)
 
 
 def check_names(argument: str, names: object) -> None:

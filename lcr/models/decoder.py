@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
 
         self.groups = stacked(rngs)
         self.embedding_norm = config.make_norm() if config.embedding_norm else None
-        self.final_norm = config.make_norm()
+        self.final_norm = config.make_norm(config.final_norm_epsilon)
         if not config.tie_embeddings:
             self.head = nnx.Param(std * jax.random.normal(rngs.params(), (config.vocab_size, config.d_model)))
 

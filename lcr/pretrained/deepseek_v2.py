@@ -16,7 +16,7 @@ from lcr.pretrained.tensors import Line, transposed
 def read(c: Fields) -> dict[str, Any]:
     sizes = transformer_fields(c, vocab_size=102_400, hidden_size=4096, intermediate_size=11_008, num_layers=32)
     c.only("scoring_func", "softmax")
-    c.only("norm_topk_prob", False)
+    c.only("norm_topk_prob", False)  # transformers never reads it, the authors' code does: they would differ
     groups = c.choice("topk_method", {"greedy": False, "group_limited_greedy": True}, "greedy")
     counts = (c.whole("n_group", 1), c.whole("topk_group", 1))
     balance = c.number("aux_loss_alpha", 0.0)
@@ -26,6 +26,7 @@ def read(c: Fields) -> dict[str, Any]:
         "num_shared": c.whole("n_shared_experts", 2, least=0),
         "num_groups": counts[0] if groups else 1,
         "top_groups": counts[1] if groups else 1,
+        "shared_bias": c.flag("mlp_bias", False),
         "normalize": False,
         **balance_options(balance),
     }
@@ -52,8 +53,7 @@ def read_layers(
     if c.whole("num_key_value_heads", heads) != heads:
         c.refuse("num_key_value_heads", f"num_attention_heads={heads}: latent attention has keys for each head")
     c.get("head_dim", None)  # follows from the others
-    c.only("moe_layer_freq", 1)
-    c.only("mlp_bias", False)
+    frequency = c.whole("moe_layer_freq", 1)  # the authors' code reads it, transformers does not
     activation = c.choice("hidden_act", ACTIVATIONS, "silu")
     attention = {
         "num_heads": heads,
@@ -71,9 +71,9 @@ def read_layers(
         "weight_scale": c.number("routed_scaling_factor", weight),
         "activation": activation,
     }
-    first = min(c.whole("first_k_dense_replace", dense, least=0), depth)
-    kinds = ("swiglu",) * first + ("moe",) * (depth - first)
-    options = {"swiglu": {"activation": activation}, "moe": mixture}
+    first = c.whole("first_k_dense_replace", dense, least=0)
+    kinds = tuple("moe" if i >= first and i % frequency == 0 else "swiglu" for i in range(depth))
+    options = {"swiglu": {"activation": activation, "use_bias": mixture.get("shared_bias", False)}, "moe": mixture}
     return sizes | {
         "mixers": ("mla",) * depth,
         "mixer_options": {"mla": attention},
@@ -92,6 +92,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "norm_topk_prob": False,
         "scoring_func": "softmax",
         "aux_loss_alpha": write_balance(mixture),
+        "mlp_bias": config.feed_forward_options.get("swiglu", {}).get("use_bias", mixture.get("shared_bias", False)),
     }
 
 
@@ -116,8 +117,7 @@ def write_layers(config: ModelConfig) -> dict[str, Any]:
         "v_head_dim": options.value_head_dim,
         "attention_bias": options.bias,
         "rope_interleave": options.rope_interleaved,
-        "first_k_dense_replace": kinds.count("swiglu"),
-        "moe_layer_freq": 1,
+        **write_kinds(kinds),
         "n_routed_experts": mixture.get("num_experts", 1),
         "num_experts_per_tok": mixture.get("top_k", 1),
         "n_shared_experts": mixture.get("num_shared", 0),
@@ -132,6 +132,17 @@ def write_layers(config: ModelConfig) -> dict[str, Any]:
     if fields["rope_scaling"] is not None:
         fields["rope_scaling"]["type"] = fields["rope_scaling"]["rope_type"]
     return fields
+
+
+def write_kinds(kinds: list[str]) -> dict[str, int]:
+    """Which layers are mixtures: from the first one on, every so many."""
+    depth, mixtures = len(kinds), [i for i, kind in enumerate(kinds) if kind == "moe"]
+    first = mixtures[0] if mixtures else depth
+    if len(mixtures) > 1:
+        frequency = mixtures[1] - first
+    else:
+        frequency = 1 if first >= depth - 1 else first or depth
+    return {"first_k_dense_replace": first, "moe_layer_freq": frequency}
 
 
 def lines(config: ModelConfig) -> Iterator[Line]:

@@ -12,7 +12,7 @@ def read(c: Fields) -> dict[str, Any]:
     sizes = transformer_fields(c, vocab_size=129_280, hidden_size=7168, intermediate_size=18_432, num_layers=61)
     c.only("scoring_func", "sigmoid")
     c.only("topk_method", "noaux_tc")
-    c.only("quantization_config", None)
+    c.only("mlp_bias", False)
     for name in ("num_nextn_predict_layers", "num_mtp_layers", "ep_size", "aux_loss_alpha", "seq_aux"):
         c.get(name, None)  # of training, and of the extra layers
     mixture = {

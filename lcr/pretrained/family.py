@@ -37,7 +37,8 @@ class Family:
     read: the fields of a `ModelConfig`, all but its dtype, of a config.json. write: the other way; it may leave out
         what it does not know, since what it gives is read again and compared. lines: the table of names.
     mixers: which the family has. ignored: pattern of tensors that checkpoints may hold beside those of the table, and
-        that say nothing. renamed: (pattern, replacement) of names that tensors have in some checkpoints.
+        that say nothing. renamed: (pattern, replacement) of names that tensors have in some checkpoints, where
+        the table does not have them.
     head: the name of the output's tensor, which a checkpoint may hold although it is the embedding.
     extra_layers: whether layers after those of config.json are passed over.
     """
@@ -138,7 +139,8 @@ def gated(
 ) -> Iterator[Line]:
     """A gated feed-forward with a projection each for the gate and what it gates."""
     width, inner = config.d_model, d_ff or config.ff_width
-    bias = config.feed_forward_options.get("swiglu", {}).get("use_bias", False) and parameter == "mlp"
+    kind, option = ("swiglu", "use_bias") if parameter == "mlp" else ("moe", "shared_bias")
+    bias = config.feed_forward_options.get(kind, {}).get(option, False)
     gate, up, down = (f"{prefix}.{name}" for name in names)
     yield from columns(gate, f"{parameter}.gate_up", 0, inner, width, bias=bias, layer=layer)
     yield from columns(up, f"{parameter}.gate_up", inner, inner, width, bias=bias, layer=layer)

@@ -9,6 +9,7 @@ from lcr.checks import is_number, unknown_name
 logger = logging.getLogger("lcr.pretrained")
 
 REQUIRED = object()
+MOST = 2**31 - 1  # no size is larger; beyond it, shapes would overflow before they could be held against the tensors'
 # Fields that say nothing of what a model computes from its tokens in evaluation.
 SILENT = {
     "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
@@ -48,8 +49,12 @@ class Fields:
         value = self.get(name, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             self.refuse(name, f"a whole number of at least {least}")
+        if value > MOST:
+            self.refuse(name, f"a whole number of at most {MOST:,}")
         return value
 
     def count(self, name: str, default: Any = REQUIRED) -> Any:

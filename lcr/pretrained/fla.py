@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from lcr.models.config import ModelConfig
-from lcr.pretrained.family import ends, gated, scale
+from lcr.pretrained.family import ends, gated, linear, scale
 from lcr.pretrained.fields import Fields
 from lcr.pretrained.tensors import Line
 
-# where the norm of the heads and the gate are not one kernel
+# where the norm of the heads and the gate are not one kernel (without a gate there is one name alone, the first)
 UNFUSED = ((r"\.attn\.g_norm\.weight$", ".attn.g_norm_swish_gate.weight"),)
 KERNELS = (  # which kernels compute it, and how the loss is computed
     "attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp",
@@ -79,6 +79,15 @@ def swiglu_lines(config: ModelConfig) -> Iterator[Line]:
         yield from scale(f"{prefix}.attn_norm", "mixer_norm", config.d_model, layer=layer)
         yield from scale(f"{prefix}.mlp_norm", "mlp_norm", config.d_model, layer=layer)
         yield from gated(f"{prefix}.mlp", config, layer)
+
+
+def gated_norm_lines(prefix: str, config: ModelConfig, options: Any, values: int, layer: int) -> Iterator[Line]:
+    """The norm of the heads and the gate of RetNet and GLA; either may be missing."""
+    if options.gate:
+        yield from linear(f"{prefix}.g_proj", "mixer.gate_proj", values, config.d_model, layer=layer)
+    if options.norm_scale:
+        name = "g_norm_swish_gate" if options.gate else "g_norm"
+        yield from scale(f"{prefix}.{name}", "mixer.norm", values // options.num_heads, layer=layer)
 
 
 def norm_lines(config: ModelConfig) -> Iterator[Line]:

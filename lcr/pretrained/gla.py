@@ -16,8 +16,7 @@ def read(c: Fields) -> dict[str, Any]:
     heads = c.whole("num_heads", 4)
     c.only("num_kv_heads", None, heads)
     for name, value in (
-        ("feature_map", None), ("use_short_conv", False), ("use_output_gate", True), ("clamp_min", None),
-        ("use_gk", True), ("use_gv", False), ("elementwise_affine", True),
+        ("feature_map", None), ("use_short_conv", False), ("use_gk", True), ("use_gv", False),
     ):  # fmt: skip
         c.only(name, value)
     c.get("conv_size", None)
@@ -25,7 +24,10 @@ def read(c: Fields) -> dict[str, Any]:
         "num_heads": heads,
         "key_factor": c.number("expand_k", 0.5),
         "value_factor": c.number("expand_v", 1.0),
+        "gate": c.flag("use_output_gate", True),
+        "least_log_decay": c.number("clamp_min", None),
         "norm_eps": feed_forward["norm_epsilon"],
+        "norm_scale": not c.null("elementwise_affine") and c.flag("elementwise_affine", True),
     }
     return sizes | feed_forward | {"mixers": ("gla",) * depth, "mixer_options": {"gla": options}}
 
@@ -36,6 +38,9 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "num_heads": options.num_heads,
         "expand_k": options.key_factor,
         "expand_v": options.value_factor,
+        "use_output_gate": options.gate,
+        "clamp_min": options.least_log_decay,
+        "elementwise_affine": options.norm_scale,
     }
 
 
@@ -45,14 +50,12 @@ def lines(config: ModelConfig) -> Iterator[Line]:
     yield from fla.swiglu_lines(config)
     for layer in range(len(config.mixers)):
         prefix = f"model.layers.{layer}.attn"
-        for theirs, ours, outputs in (("q", "q", keys), ("k", "k", keys), ("v", "v", values), ("g", "gate", values)):
-            yield from linear(f"{prefix}.{theirs}_proj", f"mixer.{ours}_proj", outputs, width, layer=layer)
+        for name, outputs in (("q", keys), ("k", keys), ("v", values)):
+            yield from linear(f"{prefix}.{name}_proj", f"mixer.{name}_proj", outputs, width, layer=layer)
+        yield from fla.gated_norm_lines(prefix, config, options, values, layer)
         yield Line(f"{prefix}.gk_proj.0.weight", (rank, width), "mixer.decay_down", transposed, layer=layer)
         yield Line(f"{prefix}.gk_proj.1.weight", (keys, rank), "mixer.decay_up", transposed, layer=layer)
         yield Line(f"{prefix}.gk_proj.1.bias", (keys,), "mixer.decay_bias", layer=layer)
-        yield Line(
-            f"{prefix}.g_norm_swish_gate.weight", (values // options.num_heads,), "mixer.norm.scale", layer=layer
-        )
         yield from linear(f"{prefix}.o_proj", "mixer.out_proj", width, values, layer=layer)
 
 

@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from lcr.checks import check_choice, unknown_name
@@ -23,15 +20,15 @@ from lcr.pretrained import rwkv7_author
 from lcr.pretrained.families import FAMILIES
 from lcr.pretrained.family import Family
 from lcr.pretrained.fields import Fields
+from lcr.pretrained.parameters import Shardings, allocate, assemble, choose_shardings
 from lcr.pretrained.pth import PthFile
 from lcr.pretrained.safetensors import TensorFile
 from lcr.pretrained.source import Source
-from lcr.pretrained.tensors import Line, Table
+from lcr.pretrained.tensors import Line, Table, check_range
 from lcr.pretrained.tensors import Path as ParameterPath
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 class Stored(NamedTuple):
@@ -78,34 +75,30 @@ def load_model(
     sharding: of all parameters, or a function that gives the sharding of one by its dotted name and shape; None: the
         default device. progress: whether to show a bar.
 
-    Tensors are read by memory map, one at a time, straight into parameters of the target dtype: host memory holds
-    these and one tensor.
+    Tensors are read by memory map, one at a time, straight into what each device of this process is to hold of the
+    parameters, in the target dtype: host memory holds these pieces and one tensor.
 
     Raises: FileNotFoundError for what is not there; ValueError for an unknown `model_type` or an unsupported field
     (naming it, and what is supported), for tensors that are missing, of no use, or of a wrong shape (all are named),
-    and for a damaged file; before any parameter is allocated.
+    and for a damaged file; before any parameter is allocated. And, when it is read, for a number that the parameter's
+    dtype does not hold.
     """
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
     checkpoint = open_checkpoint(path, dtype)
     table, stored = make_table(checkpoint), checkpoint.stored
-    shardings = check_shardings(sharding, table)
-    arrays = allocate(table, wide_parameters(table, stored) if dtype is None else set())
+    shardings = choose_shardings(sharding, table)
+    buffers = allocate(table, shardings, wide_parameters(table, stored) if dtype is None else set())
     total = sum(stored_bytes(stored[name]) for name in table.shapes)
     label = f"loading {checkpoint.where.name}"
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=not progress) as bar:
         for name in table.shapes:
-            table.load(name, stored[name].read(), arrays)
+            for parameter, box, values in table.parts(name, stored[name].read()):
+                check_range(name, values, buffers[parameter].dtype)
+                buffers[parameter].put(box, values)
             bar.update(stored_bytes(stored[name]))
-    model = assemble(table, arrays, shardings)
-    kinds = {name: stored[name].entry.dtype.name for name in table.shapes}
-    common = common_dtype(stored)
-    model.source = Source(
-        family=checkpoint.family.model_type,
-        fields=json.dumps(checkpoint.fields),
-        dtype=common,
-        dtypes=tuple(sorted((name, kind) for name, kind in kinds.items() if kind != common)),
-    )
+    model = assemble(table, buffers)
+    model.source = source_of(checkpoint, table)
     return model
 
 
@@ -128,23 +121,39 @@ def read_checkpoint_config(path: str | os.PathLike, dtype: str | None = None) ->
     return checkpoint.config
 
 
+def read_checkpoint_source(path: str | os.PathLike) -> Source:
+    """What a model loaded from there would have as its `source`. Raises as `load_model` does."""
+    checkpoint = open_checkpoint(path, None)
+    return source_of(checkpoint, make_table(checkpoint))
+
+
+def source_of(checkpoint: Checkpoint, table: Table) -> Source:
+    kinds = {name: checkpoint.stored[name].entry.dtype.name for name in table.shapes}
+    common = common_dtype(checkpoint.stored)
+    return Source(
+        family=checkpoint.family.model_type,
+        fields=json.dumps(checkpoint.fields),
+        dtype=common,
+        dtypes=tuple(sorted((name, kind) for name, kind in kinds.items() if kind != common)),
+    )
+
+
 def is_run(path: str | os.PathLike) -> bool:
     """Whether a folder is a run of this project."""
-    return isinstance(path, (str, os.PathLike)) and (Path(path) / "checkpoints").is_dir() and not any(Path(path).glob("*.safetensors*"))
+    if not isinstance(path, (str, os.PathLike)) or not (Path(path) / "checkpoints").is_dir():
+        return False
+    return not any(Path(path).glob("*.safetensors*"))
 
 
 def open_folder(folder: Path, dtype: str | None) -> Checkpoint:
     """A folder as Hugging Face has them."""
     fields, family = read_config(folder)
-    stored = {}
-    for name, file in open_files(folder).items():
-        ours = name
-        for pattern, replacement in family.renamed:
-            ours = re.sub(pattern, replacement, ours)
-        stored[ours] = Stored(file, name)
+    stored = {name: Stored(file, name) for name, file in open_files(folder).items()}
     where = folder / "config.json"
     reader = Fields(fields, str(where), tensors=len(stored))
     try:
+        if "quantization_config" in fields:
+            reader.only("quantization_config", None)  # its tensors are in another format, whatever the family
         options = family.read(reader)
         config = ModelConfig(**options, dtype=dtype or compute_dtype(stored))
     except ValueError as error:
@@ -191,6 +200,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Family]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with config.json and *.safetensors")
     where = folder / "config.json"
+    if where.exists() and not where.is_file():
+        raise ValueError(f"{where}: is no file; expected the configuration of a Hugging Face checkpoint")
     if not where.exists():
         raise FileNotFoundError(f"{where}: no such file; expected the configuration of a Hugging Face checkpoint")
     try:
@@ -199,6 +210,14 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Family]:
         raise ValueError(f"{where}: no JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise ValueError(f"{where}: expected a JSON object with a 'model_type'")
+    if fields["model_type"] not in FAMILIES and "text_config" in fields:
+        raise ValueError(
+            f"{where}: model_type={fields['model_type']!r} has a 'text_config': a model of text and images, say, of "
+            f"which only the text model is supported, as a folder of its own ({', '.join(FAMILIES)}). With transformers, "
+            "for gemma3: whole = Gemma3ForConditionalGeneration.from_pretrained(folder); text = "
+            "Gemma3ForCausalLM(whole.config.text_config); text.model = whole.model.language_model; text.tie_weights(); "
+            "text.save_pretrained(another)"
+        )
     if fields["model_type"] not in FAMILIES:
         raise ValueError(f"{where}: " + unknown_name("model_type", fields["model_type"], FAMILIES))
     return fields, FAMILIES[fields["model_type"]]
@@ -216,7 +235,8 @@ def open_files(folder: Path) -> dict[str, TensorFile]:
     for path in single or shards or found:
         file = TensorFile(path)
         if twice := files.keys() & file.entries.keys():
-            raise ValueError(f"{folder}: {_listed(sorted(twice))} in more than one file; expected {INDEX} to say in which")
+            twice = _listed(sorted(twice))
+            raise ValueError(f"{folder}: {twice} in more than one file; expected {INDEX} to say in which")
         files |= dict.fromkeys(file.entries, file)
     if not found:
         refuse_pickles(folder, sorted(f.name for pattern in ("*.bin", "*.pth", "*.pt") for f in folder.glob(pattern)))
@@ -225,6 +245,11 @@ def open_files(folder: Path) -> dict[str, TensorFile]:
 
 
 def refuse_pickles(where: Path, pickles: list[str]) -> None:
+    if authors := [name for name in pickles if name.endswith(".pth")]:
+        raise ValueError(
+            f"{where}: holds {', '.join(authors)} and no safetensors; an RWKV-7 in its author's format is loaded by "
+            f"the name of the file, {where / authors[0]}"
+        )
     if pickles:
         raise ValueError(
             f"{where}: holds {', '.join(pickles)} and no safetensors. Such files are pickles, which can run code of "
@@ -241,6 +266,7 @@ def _indexed(folder: Path) -> dict[str, TensorFile]:
         names = None
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
         raise ValueError(f"{where}: expected a JSON object with a 'weight_map' of tensors' names to files")
+    refuse_pickles(where, sorted({file for file in names.values() if file.endswith((".bin", ".pt", ".pth"))}))
     files = {}
     for file in sorted(set(names.values())):
         # also a link, which leads out of the folder in the Hub's own cache, is a name in it
@@ -263,6 +289,11 @@ def make_table(checkpoint: Checkpoint) -> Table:
         table = Table(config, checkpoint.lines(config))
     except ValueError as error:  # options that do not go together
         raise ValueError(f"{checkpoint.where / 'config.json'}: {error}") from None
+    for name in [name for name in stored if name not in table.shapes]:
+        ours = name
+        for pattern, replacement in family.renamed:
+            ours = re.sub(pattern, replacement, ours)
+        stored.setdefault(ours, stored.pop(name))
     wrong = []
     if missing := [name for name in table.shapes if name not in stored]:
         wrong.append(f"missing: {_listed(missing)}")
@@ -277,7 +308,7 @@ def make_table(checkpoint: Checkpoint) -> Table:
     if wrong:
         raise ValueError(f"{checkpoint.where}: " + "; ".join(wrong[:20]) + ("; ..." if len(wrong) > 20 else ""))
     if config.tie_embeddings and family.head in stored:
-        embedding = next(name for name, lines in table.lines.items() if lines[0][1] == ("embedding",))
+        embedding = next(name for name, places in table.places.items() if places[0].path == ("embedding",))
         if not np.array_equal(stored[family.head].read(), stored[embedding].read()):
             raise ValueError(
                 f"{checkpoint.where}: {family.head} is not the embedding, although config.json says so; expected "
@@ -302,68 +333,4 @@ def _listed(names: Iterable[str]) -> str:
 def wide_parameters(table: Table, stored: Mapping[str, Stored]) -> set[ParameterPath]:
     """The parameters of which a tensor is stored in float32 (or float64)."""
     wide = [name for name in table.shapes if stored[name].entry.dtype.itemsize >= 4]
-    return {path for name in wide for _, path, _ in table.lines[name]}
-
-
-def check_shardings(
-    sharding: Shardings | None, table: Table
-) -> Callable[[ParameterPath], jax.sharding.Sharding | None]:
-    """The sharding of a parameter by its path. Raises ValueError for one that does not fit its parameter."""
-    of_all = isinstance(sharding, jax.sharding.Sharding)
-    if sharding is None:
-        return lambda path: None
-    if not of_all and not callable(sharding):
-        raise ValueError(f"sharding={sharding!r}: expected a jax.sharding.Sharding, or a function of a name and a shape")
-    chosen = {}
-    for path, parameter in table.parameters.items():
-        name = ".".join(map(str, path))
-        chosen[path] = sharding if of_all else sharding(name, parameter.shape)
-        try:
-            chosen[path].shard_shape(parameter.shape)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"sharding of {name} {parameter.shape}: {error}") from None
-    return chosen.__getitem__
-
-
-def allocate(table: Table, wide: set[ParameterPath]) -> dict[ParameterPath, np.ndarray]:
-    """Arrays for the parameters, which JAX can take over on a CPU as they lie; empty, but for what no tensor is for.
-
-    wide: which are float32 whatever the dtype of the compute.
-    """
-    arrays = {}
-    for path, parameter in table.parameters.items():
-        dtype = np.dtype(np.float32) if path in wide else parameter_dtype(path, parameter, table.config)
-        arrays[path] = _aligned(parameter.shape, dtype)
-    for path, repetition in table.unused:
-        arrays[path][... if repetition is None else repetition] = 0
-    return arrays
-
-
-def parameter_dtype(path: ParameterPath, parameter: Any, config: ModelConfig) -> np.dtype:
-    """Of a parameter of a loaded model: the compute's for matrices, float32 for what is in no way large."""
-    matrix = parameter.ndim - (path[0] == "groups") >= 2 and parameter.get_metadata().get("group") is None
-    return np.dtype(jnp.dtype(config.dtype) if matrix else np.float32)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    bytes_ = np.empty(size + alignment, np.uint8)
-    start = -bytes_.ctypes.data % alignment
-    return bytes_[start : start + size].view(dtype).reshape(shape)
-
-
-def assemble(
-    table: Table,
-    arrays: dict[ParameterPath, np.ndarray],
-    shardings: Callable[[ParameterPath], jax.sharding.Sharding | None],
-) -> Decoder:
-    """The model of these parameters, each handed over to JAX as it is reached."""
-    state = []
-    for path, parameter in table.parameters.items():
-        array, sharding = arrays.pop(path), shardings(path)
-        if sharding is None:
-            value = jax.device_put(array, may_alias=True)
-        else:
-            value = jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
-        state.append((path, parameter.replace(value)))
-    return nnx.merge(table.graph, nnx.from_flat_state(state))
+    return {place.path for name in wide for place in table.places[name]}

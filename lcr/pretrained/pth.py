@@ -27,6 +27,7 @@ STORAGES = {
 NAMES = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"} | {
     f"torch {storage}" for storage in STORAGES
 }
+LOCAL_HEADER = 30  # bytes before the name of a part; two bytes each at 26 and 28 say how long the name and extras are
 MAX_PICKLE = 16_000_000  # bytes; the 61 layers of the largest RWKV-7 take 200,000
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError)  # of a ZIP archive
 
@@ -67,15 +68,17 @@ class PthFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         try:
-            self.archive = zipfile.ZipFile(self.path)
+            with zipfile.ZipFile(self.path) as archive:
+                listed = archive.infolist()
         except DAMAGE:
             self._refuse("no ZIP archive; expected what torch.save writes (version 1.6 or later), undamaged")
         # PyTorch compresses nothing, so no entry is larger than it looks
-        self.sizes = {
-            info.filename: info.file_size
-            for info in self.archive.infolist()
+        self.parts = {
+            info.filename: info
+            for info in listed
             if info.compress_type == zipfile.ZIP_STORED and info.file_size <= self.path.stat().st_size
         }
+        self.sizes = {name: info.file_size for name, info in self.parts.items()}
         described = [name for name in self.sizes if name.endswith("/data.pkl") or name == "data.pkl"]
         if len(described) != 1 or self.sizes[described[0]] > MAX_PICKLE:
             self._refuse("no data.pkl that describes tensors; expected what torch.save writes (version 1.6 or later)")
@@ -97,10 +100,16 @@ class PthFile:
         return np.lib.stride_tricks.as_strided(stored[entry.offset :], entry.shape, strides, writeable=False).copy()
 
     def _read(self, name: str) -> bytes:
-        try:
-            return self.archive.read(name)
-        except DAMAGE as error:
-            self._refuse(f"{name} cannot be read: {error}")
+        """The bytes of a part. The archive is opened for each, so that none stays open, and not read through again."""
+        part = self.parts[name]
+        with open(self.path, "rb") as file:
+            file.seek(max(part.header_offset, 0))
+            header = file.read(LOCAL_HEADER)
+            file.seek(sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28)), os.SEEK_CUR)
+            data = file.read(part.file_size)
+        if not header.startswith(b"PK\3\4") or len(data) != part.file_size or zlib.crc32(data) != part.CRC:
+            self._refuse(f"{name} is damaged")
+        return data
 
     def _check(self, name: Any, entry: Any) -> PthEntry:
         """Refuses a tensor that leads out of its bytes."""

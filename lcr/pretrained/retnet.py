@@ -17,13 +17,13 @@ def read(c: Fields) -> dict[str, Any]:
     c.only("num_kv_heads", None, heads)
     c.only("expand_k", 1.0)
     c.only("feature_map", None)
-    c.only("use_output_gate", True)
     for name in ("use_short_conv", "conv_size"):  # which its layers are not given
         c.get(name, None)
     width = sizes["d_model"] // heads
     options = {
         "num_heads": heads,
         "value_factor": c.number("expand_v", 2.0),
+        "gate": c.flag("use_output_gate", True),
         "norm_eps": feed_forward["norm_epsilon"],
         "norm_scale": not c.null("elementwise_affine") and c.flag("elementwise_affine", True),
         # retention's rotation ends at 1 / base, RoPE's with base 10,000 one step before
@@ -38,6 +38,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "num_heads": options.num_heads,
         "expand_k": 1.0,
         "expand_v": options.value_factor,
+        "use_output_gate": options.gate,
         "elementwise_affine": options.norm_scale,
     }
 
@@ -53,11 +54,8 @@ def lines(config: ModelConfig) -> Iterator[Line]:
             halves, pairs = _halves(heads, width), _pairs(heads, width)
             yield Line(weight, (width, width), f"mixer.{name}_proj.kernel", halves, pairs, layer)
         yield from linear(f"{prefix}.v_proj", "mixer.v_proj", values, width, layer=layer)
-        yield from linear(f"{prefix}.g_proj", "mixer.gate_proj", values, width, layer=layer)
+        yield from fla.gated_norm_lines(prefix, config, options, values, layer)
         yield from linear(f"{prefix}.o_proj", "mixer.out_proj", width, values, layer=layer)
-        if options.norm_scale:
-            norm = f"{prefix}.g_norm_swish_gate.weight"
-            yield Line(norm, (values // heads,), "mixer.norm.scale", layer=layer)
 
 
 def _halves(heads: int, width: int):

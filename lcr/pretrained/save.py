@@ -22,15 +22,19 @@ from lcr.pretrained.family import Family
 from lcr.pretrained.fields import Fields
 from lcr.pretrained.load import FLOATS, INDEX
 from lcr.pretrained.safetensors import write_tensors
+from lcr.pretrained.source import Source
 from lcr.pretrained.tensors import Table
 from lcr.pretrained.tokenizer import FILES
 from lcr.pretrained.written_out import written_out
 
 SHARD_BYTES = 5_000_000_000
-KEPT = (  # fields that a model has not, but its checkpoint had
-    "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "context_length", "rescale_every",
-    "initializer_range", "use_cache", "attention_dropout", "tokenizer_class",
+# of its checkpoint's config.json, what stays of a model that was changed, and what does not of one that was not: the
+# authors' own code, and layers, that are not exported, and the other of two names that a norm has (fla.UNFUSED)
+KEPT = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "context_length", "initializer_range",
+    "use_cache", "attention_dropout", "tokenizer_class",
 )  # fmt: skip
+DROPPED = ("auto_map", "num_nextn_predict_layers", "num_mtp_layers", "fuse_norm")
 
 
 def save_model(
@@ -46,31 +50,35 @@ def save_model(
     """Writes `path`, a folder that `transformers` loads.
 
     tokenizer: its files are copied, if it came from any. family: a `model_type` of `FAMILIES`; None: that of the
-        checkpoint which the model was loaded from, else the first whose form the model has. dtype: of the tensors;
-        None: that of the checkpoint it came from, else of the embedding.
-    overwrite: whether the folder may be there already; it is then replaced as a whole.
+        checkpoint which the model was loaded from (or that its run began from) if it still has its form, else the first
+        whose form it has. dtype: of the tensors; None: that of the checkpoint it came from, else of the embedding.
+    overwrite: whether the folder may be there already: an empty one, or a checkpoint's (it has a config.json), which is
+        replaced as a whole. With tokenizer None the files of the tokenizer that is there, and generation_config.json
+        and the chat template, stay; nothing else does.
 
-    Everything is written to a folder beside it, which takes its name at the end: what was there stays until then. Killed
-    between the two renames that this takes, the old folder lies beside it whole, as `.<name>.old.*/<name>`.
-    Raises: FileExistsError for a folder that is there, without overwrite; ValueError for an unknown family or dtype,
-    for a folder in which the program runs, and for a model that no family, or not this one, has the form of (naming
-    what differs).
+    Everything is written to a folder beside it, which takes its name at the end: what was there stays until then.
+    Killed between the two renames that this takes, the old folder lies beside it whole, as `.<name>.old.*/<name>`.
+    Raises: FileExistsError for a folder that is there, without overwrite, or that is no checkpoint's; OSError where it
+    cannot be made; ValueError for what is no model or no tokenizer, for an unknown family or dtype, for a folder in
+    which the program runs, for numbers that the dtype does not hold, and for a model that no family, or not this one,
+    has the form of (naming what differs).
     """
+    if not isinstance(model, Decoder):
+        raise ValueError(f"model={model!r}: expected a model, as lcr.make_model and lcr.load_pretrained give it")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"tokenizer={tokenizer!r}: expected what lcr.load_pretrained gave with the model, or None")
     target = checked_target(path)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target}: exists already; expected a new folder, or overwrite=True")
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target}: is no folder")
+    check_replaceable(target, overwrite)
     source = getattr(model, "source", None)
     if dtype is not None:
         check_choice("dtype", dtype, FLOATS)
     config = written_out(model.config)
     if len(config.pattern) != len(model.config.pattern):
         raise ValueError(f"mixers={model.config.mixers!r}: expected one name for layers that are alike")
-    fields, chosen = export_config(config, family or (source.family if source else None))
+    fields, chosen = export_config(config, family, source)
     same = source is not None and source.family == chosen.model_type
     if same:
-        fields = {name: value for name, value in json.loads(source.fields).items() if name in KEPT} | fields
+        fields = kept_fields(config, chosen, fields, json.loads(source.fields))
     table = Table(config, chosen.lines(config))
     parameters = {p: v[...] for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     common = dtype or (source.dtype if source else parameters[("embedding",)].dtype.name)
@@ -78,13 +86,18 @@ def save_model(
     if dtype is None and same:
         dtypes |= {name: jnp.dtype(kind) for name, kind in source.dtypes}
     fields |= {"model_type": chosen.model_type, "architectures": [chosen.architecture]}
-    fields |= {"dtype": common, "torch_dtype": common}  # by its newer and its older name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    names = ("dtype", "torch_dtype")  # the newer and the older
+    fields |= {name: common for name in fields.keys() & names or names}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:  # of its parent, or of a temporary name
+        mend = "expected a folder that can be written to"
+        raise OSError(f"{target}: cannot be made: {error.strerror}; {mend}") from error
     try:
         (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         write_shards(temporary, table, parameters, dtypes, shard_bytes)
-        copy_tokenizer(tokenizer, temporary)
+        copy_tokenizer(target if tokenizer is None else getattr(tokenizer, "folder", None), temporary)
         replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -100,18 +113,48 @@ def checked_target(path: str | os.PathLike) -> Path:
     return target
 
 
-def export_config(config: ModelConfig, family: str | None) -> tuple[dict[str, Any], Family]:
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raises FileExistsError for what is there and is not to be replaced."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target}: is no folder")
+    if not overwrite:
+        raise FileExistsError(f"{target}: exists already; expected a new folder, or overwrite=True")
+    if any(target.iterdir()) and not (target / "config.json").is_file():
+        raise FileExistsError(
+            f"{target}: has no config.json, so it is no checkpoint's folder; expected one, an empty one or a new one"
+        )
+
+
+def export_config(config: ModelConfig, family: str | None, source: Source | None) -> tuple[dict[str, Any], Family]:
     """The config.json of a model written out, and the family whose form it has."""
     if family is not None:
         check_choice("family", family, FAMILIES)
         return _as_family(config, FAMILIES[family]), FAMILIES[family]
     reasons = []
-    for candidate in FAMILIES.values():
+    for name in dict.fromkeys([*([source.family] if source else []), *FAMILIES]):
         try:
-            return _as_family(config, candidate), candidate
+            return _as_family(config, FAMILIES[name]), FAMILIES[name]
         except ValueError as error:
             reasons.append(str(error))
     raise ValueError("the model has the form of no family: " + "; ".join(reasons))
+
+
+def kept_fields(config: ModelConfig, family: Family, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """config.json for a model that came from one of the same family: `theirs` where it says the same model, else `ours`
+    and what says nothing of the model."""
+    try:
+        unchanged = _read_again(config, family, theirs) == config
+    except ValueError:  # what a .pth file has none of
+        unchanged = False
+    if unchanged:
+        return {name: value for name, value in theirs.items() if name not in DROPPED}
+    return {name: value for name, value in theirs.items() if name in KEPT} | ours
+
+
+def _read_again(config: ModelConfig, family: Family, fields: dict[str, Any]) -> ModelConfig:
+    return written_out(ModelConfig(**family.read(Fields(fields)), dtype=config.dtype, remat=config.remat))
 
 
 def _as_family(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -121,7 +164,7 @@ def _as_family(config: ModelConfig, family: Family) -> dict[str, Any]:
         raise ValueError(f"{family.model_type} has layers of {' and '.join(family.mixers)}, the model of {mixers}")
     try:
         fields = family.write(config)
-        again = written_out(ModelConfig(**family.read(Fields(fields)), dtype=config.dtype, remat=config.remat))
+        again = _read_again(config, family, fields)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{family.model_type}: {error}") from None
     for field in dataclasses.fields(ModelConfig):
@@ -160,8 +203,7 @@ def write_shards(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
-    source = getattr(tokenizer, "folder", None)
+def copy_tokenizer(source: Path | None, folder: Path) -> None:
     for name in [] if source is None else [*FILES, *(path.name for path in source.glob("rwkv_vocab*.txt"))]:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
@@ -169,7 +211,9 @@ def copy_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
 
 def replace(temporary: Path, target: Path) -> None:
     """Gives the folder its name; what had it goes when nothing can fail any more."""
-    os.chmod(temporary, 0o755)
+    umask = os.umask(0)  # which can only be read so
+    os.umask(umask)
+    os.chmod(temporary, 0o777 & ~umask)  # a temporary folder is its owner's alone
     if not target.exists():
         os.rename(temporary, target)
         return

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcr.models.config import ModelConfig
-from lcr.pretrained.load import is_run, load_model, read_checkpoint_config
+from lcr.pretrained.load import is_run, load_model, read_checkpoint_config, read_checkpoint_source
+from lcr.pretrained.source import FILE, read_source, write_source
 
 Parameters = Mapping[str, Any]  # by dotted name, as `lcr.training.step.parameter_values` has them
 
@@ -29,6 +30,18 @@ def model_section(path: str | os.PathLike) -> dict[str, Any]:
     for name in ("mixer_options", "feed_forward_options"):
         section[name] = _plain(section[name])
     return section
+
+
+def keep_source(path: str | os.PathLike, workdir: Path) -> None:
+    """Keeps in a run's folder what its export takes over from the checkpoint, or the run, that it begins from.
+
+    Reads no tensor. Raises as `lcr.load_pretrained` does.
+    """
+    if (workdir / FILE).exists():
+        return
+    source = read_source(Path(path)) if is_run(path) else read_checkpoint_source(path)
+    if source is not None:
+        write_source(source, workdir)
 
 
 def initial_parameters(path: str | os.PathLike, config: ModelConfig, parameters: Parameters) -> tuple[dict, list[str]]:

@@ -23,7 +23,8 @@ FILES = (  # what an export copies
 class LibraryTokenizer:
     """A tokenizer.json, by the library `tokenizers`. `encode` adds no special tokens, `prompt` those that it says.
 
-    bos, eos: the ids that begin and end a text, where the folder names them.
+    bos: the id that begins a text, where the folder names it, else None. eos: those that end one, of which there may be
+    several, as of the other tokenizers here.
     """
 
     name = "tokenizer.json"
@@ -37,10 +38,10 @@ class LibraryTokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{folder / 'tokenizer.json'}: {error}") from None
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        named = _named_tokens(folder)
-        self.bos, self.eos = (
-            self._library.token_to_id(named[kind]) if kind in named else None for kind in ("bos", "eos")
-        )
+        named = {kind: self._library.token_to_id(token) for kind, token in _named_tokens(folder).items()}
+        ids = _named_ids(folder)
+        self.bos = next(iter(_distinct(named.get("bos"), *ids["bos"])), None)
+        self.eos = _distinct(named.get("eos"), *ids["eos"])
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
         return np.array(self._library.encode(_text(text), add_special_tokens=False).ids, np.int32)
@@ -67,7 +68,8 @@ class SentencePieceTokenizer:
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{folder / 'tokenizer.model'}: no model of sentencepiece: {error}") from None
         self.vocab_size = self._library.vocab_size()
-        self.bos, self.eos = (i if i >= 0 else None for i in (self._library.bos_id(), self._library.eos_id()))
+        bos, eos = (i if i >= 0 else None for i in (self._library.bos_id(), self._library.eos_id()))
+        self.bos, self.eos = bos, _distinct(eos, *_named_ids(folder)["eos"])
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
         return np.array(self._library.encode(_text(text)), np.int32)
@@ -106,7 +108,7 @@ class RWKVTokenizer:
         self.ids = {value: token_id for token_id, value in self.tokens.items()}
         self.longest = max(map(len, self.ids), default=0)
         self.vocab_size = max(self.tokens, default=0) + 1
-        self.bos, self.eos = None, 0
+        self.bos, self.eos = None, _distinct(0, *_named_ids(path.parent)["eos"])
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
         data = text if isinstance(text, bytes) else text.encode()
@@ -159,8 +161,34 @@ def _text(text: str | bytes) -> str:
 
 
 def _named_tokens(folder: Path) -> dict[str, str]:
-    """The tokens that begin and end a text, as tokenizer_config.json names them."""
-    path = folder / "tokenizer_config.json"
+    """The tokens that begin and end a text, as tokenizer_config.json names them, or else special_tokens_map.json."""
+    named: dict[str, str] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        fields = _object(folder / name)
+        for kind in ("bos", "eos"):
+            token = fields.get(f"{kind}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                named.setdefault(kind, token)
+    return named
+
+
+def _named_ids(folder: Path) -> dict[str, list[int]]:
+    """The ids that begin and end a text by generation_config.json, each one or a list."""
+    fields = _object(folder / "generation_config.json")
+    found = {}
+    for kind in ("bos", "eos"):
+        ids = fields.get(f"{kind}_token_id")
+        found[kind] = [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
+    return found
+
+
+def _distinct(*ids: int | None) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} where there is none. Raises: ValueError for anything else."""
     if not path.exists():
         return {}
     try:
@@ -169,6 +197,4 @@ def _named_tokens(folder: Path) -> dict[str, str]:
         raise ValueError(f"{path}: no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: a JSON {type(fields).__name__}, expected an object")
-    named: dict[str, Any] = {kind: fields.get(f"{kind}_token") for kind in ("bos", "eos")}
-    named = {kind: token.get("content") if isinstance(token, dict) else token for kind, token in named.items()}
-    return {kind: token for kind, token in named.items() if isinstance(token, str)}
+    return fields

@@ -40,6 +40,7 @@ def written_out(config: ModelConfig) -> ModelConfig:
         mixers=tuple(names[name] for name in config.mixers),
         mixer_options=kinds,
         d_ff=width,
+        final_norm_epsilon=config.norm_epsilon if config.final_norm_epsilon is None else config.final_norm_epsilon,
         feed_forward=_one([name for _, name in config.layers]),
         feed_forward_options=feed_forwards,
     )

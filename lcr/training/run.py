@@ -9,6 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import lcr
+from lcr.pretrained.source import read_source
 from lcr.tasks import make_task
 from lcr.training.checkpoints import CheckpointError, find_damage, list_steps, newest_good, read_checkpoint
 from lcr.training.config import ConfigError, check_keys, from_plain
@@ -20,7 +21,8 @@ CHECKPOINTS = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """model: with the parameters of checkpoint `step`. config: locked, as the run was last started with."""
+    """model: with the parameters of checkpoint `step`, and the `source` of the checkpoint that the run began from, if it
+    began from one. config: locked, as the run was last started with."""
 
     model: nnx.Module
     task: Any
@@ -44,7 +46,12 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
     functional = Functional(make_abstract_model(config, task.tokenizer.vocab_size))
     abstract = {name: variable.get_value() for name, variable in functional.variables.items()}
     arrays, _ = read_checkpoint(workdir / CHECKPOINTS / str(step), {"params": abstract})
-    return Run(functional.model(arrays["params"]), task, config, step, workdir)
+    model = functional.model(arrays["params"])
+    try:
+        model.source = read_source(workdir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return Run(model, task, config, step, workdir)
 
 
 def read_config(workdir: Path) -> ConfigDict:

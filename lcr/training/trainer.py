@@ -63,7 +63,8 @@ class NonFiniteError(RuntimeError):
 def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Row:
     """Trains as `config` says, in `workdir`; returns the last row of metrics.
 
-    Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/<step>/ there. Where the workdir holds a run of
+    Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/<step>/ there; with `init_from`, source.json too,
+    what an export takes over from that checkpoint. Where the workdir holds a run of
     the same configuration it goes on from its newest good checkpoint; a finished run is left as it is. What may
     differ: the sections `training` and `evaluation` (another `training.steps` changes the learning rate from there
     on, and the log says so).
@@ -111,7 +112,8 @@ def write_first_checkpoint(config: ConfigDict, workdir: str | Path) -> None:
 
 
 def enter_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Makes the folder and writes config.json, unless it holds another run. Raises ConfigError with what differs."""
+    """Makes the folder and writes config.json (and source.json), unless it holds another run. Raises ConfigError with
+    what differs."""
     path = workdir / CONFIG
     plain = to_plain(config)
     if path.is_file():
@@ -135,6 +137,13 @@ def enter_workdir(config: ConfigDict, workdir: Path) -> None:
     part = workdir / (CONFIG + ".part")
     part.write_text(json.dumps(plain, indent=2) + "\n")
     os.replace(part, path)
+    if config.init_from is not None:
+        from lcr.pretrained.start import keep_source
+
+        try:
+            keep_source(config.init_from, workdir)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
 
 
 class Trainer:

@@ -73,3 +73,32 @@ def test_state_bytes():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         lcr.make_mixer("gla", 32, rngs=nnx.Rngs(0), **options)
+
+
+def test_without_a_gate():
+    """With an output projection that changes nothing, the gate is a factor."""
+    gated = GLAConfig(num_heads=2).make(32, rngs=nnx.Rngs(0))
+    gated.out_proj.kernel.set_value(jnp.eye(32))
+    plain = GLAConfig(num_heads=2, gate=False).make(32, rngs=nnx.Rngs(0))
+    for (path, ours), (_, theirs) in zip(*map(parameters_but_the_gate, (plain, gated)), strict=True):
+        ours.set_value(theirs[...])
+    x = jax.random.normal(jax.random.key(0), (2, 9, 32))
+    factor = nnx.silu(x @ gated.gate_proj.kernel[...])
+    assert_close(gated(x)[0], plain(x)[0] * factor, "float32")
+
+
+def parameters_but_the_gate(mixer):
+    return [(path, p) for path, p in nnx.to_flat_state(nnx.state(mixer, nnx.Param)) if "gate_proj" not in path]
+
+
+def test_decays_are_held_above_the_least():
+    """Held near 1, whatever the projection says, nothing decays; a bound below them all changes nothing."""
+    def output(least, bias):
+        mixer = GLAConfig(num_heads=2, least_log_decay=least).make(32, rngs=nnx.Rngs(0))
+        mixer.decay_bias.set_value(jnp.full(mixer.decay_bias.shape, jnp.float32(bias)))
+        return mixer(jax.random.normal(jax.random.key(0), (2, 9, 32)))[0]
+
+    assert_close(output(-1e-9, -40.0), output(None, 40.0), "float32")
+    assert_close(output(-100.0, 0.0), output(None, 0.0), "exact")
+    with pytest.raises(ValueError, match="least_log_decay=0.5: expected None, or a number below 0"):
+        GLAConfig(least_log_decay=0.5)

@@ -29,10 +29,10 @@ class Loaded:
         self.expected = dict(np.load(self.folder / "logits.npz"))
         self.model = load_model(self.folder, progress=False)
         graph, self.parameters = nnx.split(self.model)
-        self.call = jax.jit(lambda parameters, tokens, states: nnx.merge(graph, parameters)(tokens, states))
+        self.call = jax.jit(lambda parameters, *arguments: nnx.merge(graph, parameters)(*arguments))
 
-    def __call__(self, tokens, states=None):
-        return self.call(self.parameters, jnp.asarray(tokens, jnp.int32), states)
+    def __call__(self, tokens, states=None, segment_ids=None):
+        return self.call(self.parameters, jnp.asarray(tokens, jnp.int32), states, segment_ids)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -67,6 +67,17 @@ def test_token_by_token(loaded):
     assert_close(logits, loaded.expected["logits"], "pretrained")
 
 
+def test_padding_on_the_left(loaded):
+    """Rows of unequal length, the shorter one padded on the left, as `transformers` has them in a batch."""
+    if "tokens_leftpad" not in loaded.expected:
+        pytest.skip("the golden file has none")
+    at, mask = loaded.expected["at"], loaded.expected["segment_ids_leftpad"]
+    logits, _ = loaded(loaded.expected["tokens_leftpad"], None, jnp.asarray(mask, jnp.int32))
+    real = mask[:, at] != 0  # what stands at padding means nothing
+    assert 0 < (~real).sum() < real.sum()
+    assert_close(np.asarray(logits)[:, at][real], loaded.expected["logits_leftpad"][real], "pretrained")
+
+
 def test_export_is_the_source_bit_for_bit(loaded, tmp_path):
     save_model(loaded.model, tmp_path / "out")
     source, exported = open_files(loaded.folder), open_files(tmp_path / "out")
@@ -97,6 +108,20 @@ def test_generates(loaded):
     prompt = jnp.asarray(loaded.expected["tokens"][:, :5], jnp.int32)
     tokens, _ = lcr.generate(loaded.model, prompt, max_new_tokens=3)
     assert tokens.shape == (2, 3)
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_rwkv4_is_computed_as_in_training(tmp_path, caplog, every):
+    """transformers rescales in evaluation against overflow; said once, where a checkpoint asks for it."""
+    shutil.copytree(GOLDEN / "rwkv4", tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_every": every}))
+    with caplog.at_level("INFO", "lcr.pretrained"):
+        model = load_model(tmp_path / "source", progress=False)
+    assert caplog.text.count("is left out, as transformers does in training") == (every > 0)
+    assert model.config == load_model(GOLDEN / "rwkv4", progress=False).config
+    save_model(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rescale_every"] == every
 
 
 def test_every_family_has_a_case():

@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import lcr
 import numpy as np
 import pytest
 from flax import nnx
+from lcr.data.tokenizers import ByteTokenizer
 from lcr.pretrained import save as saving
 from lcr.pretrained.load import INDEX, load_model, open_files
 from lcr.pretrained.safetensors import TensorFile, write_tensors
@@ -18,6 +21,7 @@ from lcr.pretrained.save import save_model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pretrained" / "llama_gqa"
 SHARD = 200_000
+UNKNOWN_ACTIVATIONS = ("gelu_10", "laplace", "xielu", "prelu")  # of transformers; two of them have parameters
 
 
 @pytest.fixture
@@ -48,7 +52,11 @@ def rewrite(folder, edit):
     ("fields", "message"),
     [
         ({"model_type": "lama"}, "unknown model_type 'lama'. Did you mean 'llama'"),
+        ({"model_type": "gemma3", "text_config": {}}, "only the text model is supported.*gemma3_text.*save_pretrained"),
         ({"model_type": None}, "expected a JSON object with a 'model_type'"),
+        ({"hidden_size": 10**30}, f"hidden_size={10**30}; expected a whole number of at most 2,147,483,647"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*; expected None"),
+        *[({"hidden_act": name}, f"hidden_act='{name}' is not supported") for name in UNKNOWN_ACTIVATIONS],
         ({"hidden_act": "snake"}, "hidden_act='snake' is not supported; supported: silu, gelu"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0; expected a whole number of at least 1"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000; expected at most the 29 tensors"),
@@ -86,7 +94,7 @@ def test_configurations_that_are_refused(folder, fields, message):
 )
 def test_tensors_that_are_not_as_they_should_be(folder, monkeypatch, edit, message):
     rewrite(folder, edit)
-    monkeypatch.setattr("lcr.pretrained.load.allocate", lambda table: pytest.fail("allocated before all was checked"))
+    monkeypatch.setattr("lcr.pretrained.load.allocate", lambda *arguments: pytest.fail("allocated before all was checked"))
     with pytest.raises(ValueError, match=message):
         load_model(folder, progress=False)
 
@@ -122,8 +130,15 @@ def test_folders_without_a_checkpoint(tmp_path, folder):
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     with pytest.raises(ValueError, match="holds pytorch_model.bin and no safetensors.*save_pretrained"):
         load_model(folder, progress=False)
+    (folder / "pytorch_model.bin").rename(folder / "rwkv7.pth")
+    with pytest.raises(ValueError, match=f"holds rwkv7.pth .* loaded by the name of the file, {folder}/rwkv7.pth"):
+        load_model(folder, progress=False)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: no JSON"):
+        load_model(folder, progress=False)
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(ValueError, match="config.json: is no file"):
         load_model(folder, progress=False)
 
 
@@ -165,6 +180,9 @@ def test_an_index_that_is_wrong(tmp_path, model):
     name = next(name for name, file in index["weight_map"].items() if file == first)
     (folder / INDEX).write_text(json.dumps(index | {"weight_map": index["weight_map"] | {name: second}}))
     with pytest.raises(ValueError, match=f"{name} not in the files"):
+        load_model(folder, progress=False)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(index["weight_map"], "pytorch_model.bin")}))
+    with pytest.raises(ValueError, match="holds pytorch_model.bin .* pickles"):
         load_model(folder, progress=False)
     (folder / INDEX).write_text(json.dumps({"weight_map": 3}))
     with pytest.raises(ValueError, match="expected a JSON object with a 'weight_map'"):
@@ -209,6 +227,91 @@ def test_a_folder_that_is_there_is_replaced_whole_or_not_at_all(tmp_path, model,
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
 
 
+def test_only_a_checkpoints_folder_is_replaced(tmp_path, model):
+    target = tmp_path / "thesis"
+    target.mkdir()
+    save_model(model, target, overwrite=True)  # an empty one
+    (target / "config.json").unlink()
+    with pytest.raises(FileExistsError, match="has no config.json, so it is no checkpoint's folder"):
+        save_model(model, target, overwrite=True)
+    assert (target / "model.safetensors").exists()
+
+
+def test_the_tokenizer_of_a_folder_that_is_replaced_stays(tmp_path, folder):
+    """Load, change, save where it came from: without tokenizer= too, its files are still there."""
+    files = {"tokenizer_config.json": "{}", "generation_config.json": '{"eos_token_id": [1, 2]}'}
+    files |= {"rwkv_vocab_x.txt": "1 'a' 1", "notes.txt": "mine"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    loaded = load_model(folder, progress=False)
+    save_model(loaded, folder, overwrite=True)
+    assert {name: (folder / name).read_text() for name in list(files)[:3]} == dict(list(files.items())[:3])
+    assert not (folder / "notes.txt").exists()
+    save_model(loaded, folder, tokenizer=ByteTokenizer(), overwrite=True)  # another one, which has no files
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_places_that_cannot_be_written_to(tmp_path, model):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "out", pathlib.Path("/proc/out"), tmp_path / ("x" * 255)):
+        with pytest.raises(OSError, match="cannot be made: .*; expected a folder that can be written to") as caught:
+            save_model(model, path)
+        assert str(caught.value).startswith(f"{path}: ")
+    with pytest.raises(FileExistsError, match="is no folder"):
+        save_model(model, tmp_path / "file", overwrite=True)
+
+
+def test_the_umask_is_honoured(tmp_path, model):
+    for mask, mode in ((0o077, 0o700), (0o002, 0o775)):
+        before = os.umask(mask)
+        try:
+            save_model(model, tmp_path / str(mask))
+        finally:
+            os.umask(before)
+        assert (tmp_path / str(mask)).stat().st_mode & 0o777 == mode
+
+
+def test_arguments_that_are_something_else(tmp_path):
+    """Outside of the tests annotations are not checked: the errors are ours."""
+    script = """
+import sys, lcr
+from flax import nnx
+model = lcr.make_model({"vocab_size": 9, "d_model": 16, "mixers": ("mha",)}, rngs=nnx.Rngs(0))
+for arguments, options, message in [
+    ((None, sys.argv[1]), {}, "model=None: expected a model"),
+    ((model, sys.argv[1]), {"tokenizer": "abc"}, "tokenizer='abc': expected what lcr.load_pretrained gave"),
+    ((model, None), {}, "path=None: expected the name of a folder"),
+]:
+    try:
+        lcr.save_pretrained(*arguments, **options)
+    except ValueError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_routing_that_its_authors_and_transformers_take_for_two_things(tmp_path):
+    folder = pathlib.Path(shutil.copytree(GOLDEN.with_name("deepseek_v2_lite"), tmp_path / "source"))
+    change(folder, norm_topk_prob=True)
+    with pytest.raises(ValueError, match="norm_topk_prob=True; expected False"):
+        load_model(folder, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_numbers_that_a_dtype_does_not_hold(tmp_path, folder, dtype):
+    rewrite(folder, lambda t: t.update({"model.norm.weight": np.full(72, 66_000, dtype)}))
+    loaded = load_model(folder, progress=False)
+    with pytest.raises(ValueError, match="model.norm.weight: .* is more than 65504, .* or dtype bfloat16 or float32"):
+        save_model(loaded, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    rewrite(folder, lambda t: t.update({"model.norm.weight": np.full(72, 1e39, np.float64)}))
+    with pytest.raises(ValueError, match="model.norm.weight: 1e.39 is more than 3.4028e.38, the most that float32"):
+        load_model(folder, progress=False)
+
+
 @pytest.mark.parametrize(
     ("config", "model_type"),
     [
@@ -240,6 +343,70 @@ def test_models_of_our_own_go_out(tmp_path, config, model_type):
     tokens = jnp.asarray([[1, 2, 3, 4]])
     again = load_model(tmp_path / "out", progress=False)
     np.testing.assert_array_equal(np.asarray(again(tokens)[0]), np.asarray(model(tokens)[0]))
+
+
+def same_again(model, folder, tokens):
+    """Whether what is exported computes the same when it is loaded; gives its fields and the names of its tensors."""
+    save_model(model, folder)
+    again = load_model(folder, progress=False)
+    np.testing.assert_array_equal(np.asarray(again(tokens)[0]), np.asarray(model(tokens)[0]))
+    save_model(again, folder.with_name("again"))
+    assert load_model(folder.with_name("again"), progress=False).config == again.config
+    return json.loads((folder / "config.json").read_text()), open_files(folder).keys()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "first", "frequency"),
+    [("sssm", 3, 1), ("mssm", 0, 3), ("ssms", 2, 2), ("msss", 0, 4), ("ssss", 4, 1), ("smmm", 1, 1)],
+)
+def test_mixtures_in_some_layers(tmp_path, kinds, first, frequency):
+    """DeepSeek's moe_layer_freq: mixtures in every so many layers, from some layer on."""
+    names = {"s": "swiglu", "m": "moe"}
+    config = {"vocab_size": 11, "d_model": 32, "mixers": ("mla",) * len(kinds), "d_ff": 24}
+    config |= {"feed_forward": tuple(names[kind] for kind in kinds)}
+    if "m" in kinds:
+        config |= {"feed_forward_options": {"moe": {"normalize": False, "num_experts": 3}}}
+    model = lcr.make_model(config, rngs=nnx.Rngs(0))
+    fields, _ = same_again(model, tmp_path / "out", jnp.asarray([[1, 2, 3, 4]]))
+    assert (fields["first_k_dense_replace"], fields["moe_layer_freq"]) == (first, frequency)
+
+
+def test_mixtures_in_other_layers_than_deepseek_has_them(tmp_path):
+    config = {"vocab_size": 11, "d_model": 32, "mixers": ("mla",) * 4, "d_ff": 24}
+    config |= {"feed_forward": ("swiglu", "moe") * 2, "feed_forward_options": {"moe": {"normalize": False}}}
+    with pytest.raises(ValueError, match="deepseek_v2 would have feed_forward="):  # of multiples of 2 alone
+        save_model(lcr.make_model(config, rngs=nnx.Rngs(0)), tmp_path / "out", family="deepseek_v2")
+
+
+@pytest.mark.parametrize("mixer", ["gla", "retnet"])
+@pytest.mark.parametrize(("gate", "norm_scale"), [(False, True), (True, False), (False, False)])
+def test_heads_without_a_gate_or_a_scale(tmp_path, mixer, gate, norm_scale):
+    options = {"gate": gate, "norm_scale": norm_scale}
+    if mixer == "retnet":  # as flash-linear-attention rotates heads of width 16
+        options |= {"num_heads": 2, "value_factor": 2.0, "rotation_base": 10_000.0 ** (1 - 2 / 16)}
+    config = {"vocab_size": 11, "d_model": 32, "mixers": (mixer,) * 2, "mixer_options": {mixer: options}}
+    model = lcr.make_model(config | {"norm_epsilon": 1e-6 if mixer == "retnet" else 1e-5}, rngs=nnx.Rngs(0))
+    fields, names = same_again(model, tmp_path / "out", jnp.asarray([[1, 2, 3, 4]]))
+    assert (fields["use_output_gate"], fields["elementwise_affine"]) == (gate, norm_scale)
+    norms = {name.split(".attn.")[1] for name in names if ".attn.g_norm" in name}
+    assert norms == ({"g_norm_swish_gate.weight" if gate else "g_norm.weight"} if norm_scale else set())
+
+
+def test_a_norm_of_the_other_name_goes_out_with_the_field_for_it(tmp_path):
+    """Where flash-linear-attention computes norm and gate apart, the norm has another name, which no export has."""
+    folder = pathlib.Path(shutil.copytree(GOLDEN.with_name("fla_gla"), tmp_path / "source"))
+    other = {"g_norm_swish_gate": "g_norm"}
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.replace(*next(iter(other.items())))] = tensors.pop(name)
+
+    rewrite(folder, rename)
+    change(folder, fuse_norm=False)
+    loaded = load_model(folder, progress=False)
+    save_model(loaded, tmp_path / "out")
+    assert open_files(tmp_path / "out").keys() == open_files(GOLDEN.with_name("fla_gla")).keys()
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).get("fuse_norm", True)
 
 
 def test_models_that_no_family_has_the_form_of(tmp_path):
@@ -302,7 +469,7 @@ def test_float32_among_bfloat16_stays(tmp_path, case, kept):
 def test_a_rename_that_fails_leaves_the_old_folder(tmp_path, model, monkeypatch):
     target = tmp_path / "out"
     target.mkdir()
-    (target / "mine.txt").write_text("mine")
+    (target / "config.json").write_text("mine")
     rename = os.rename
 
     def failing(source, destination):
@@ -313,7 +480,7 @@ def test_a_rename_that_fails_leaves_the_old_folder(tmp_path, model, monkeypatch)
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(OSError, match="no"):
         save_model(model, target, overwrite=True)
-    assert (target / "mine.txt").read_text() == "mine"
+    assert (target / "config.json").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -38,9 +38,14 @@ def test_equals_the_authors_package(model):
     for end in ("", "_long"):
         logits, _ = call(expected[f"tokens{end}"])
         assert_close(np.asarray(logits)[:, expected[f"at{end}"]], expected[f"logits{end}"], "pretrained")
+
+
+@pytest.mark.parametrize("cuts", [[1, 31], range(1, 67)], ids=["uneven pieces", "token by token"])
+def test_in_pieces_it_is_the_same(model, cuts):
+    expected, call = np.load(GOLDEN / "rwkv7.npz"), run(model)
     tokens = expected["tokens"]
     states, parts = model.init_states(*tokens.shape), []
-    for piece in np.split(tokens, [1, 31], axis=1):
+    for piece in np.split(tokens, cuts, axis=1):
         logits, states = call(piece, states)
         parts.append(logits)
     assert_close(np.concatenate(parts, axis=1)[:, expected["at"]], expected["logits"], "pretrained")
@@ -184,6 +189,25 @@ def test_files_that_are_something_else(tmp_path):
         PthFile(archive(tmp_path / "w.pth", b"\x80\x02]."))
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_model(tmp_path / "none.pth", progress=False)
+
+
+def test_the_archive_does_not_stay_open(tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_bytes((GOLDEN / "rwkv7.pth").read_bytes())
+    file = PthFile(path)
+    assert file.tensor("emb.weight").shape
+    if pathlib.Path("/proc/self/fd").exists():
+        held = [os.readlink(link) for link in pathlib.Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        assert str(path) not in held
+
+
+def test_damaged_bytes_of_a_tensor(tmp_path):
+    path, data = tmp_path / "x.pth", bytearray((GOLDEN / "rwkv7.pth").read_bytes())
+    tensor = PthFile(GOLDEN / "rwkv7.pth").tensor("emb.weight").tobytes()
+    data[data.index(tensor) + 100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="data/[0-9]+ is damaged"):
+        PthFile(path).tensor("emb.weight")
 
 
 @pytest.mark.parametrize("cut", [1000, 200_000])

@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 from lcr.evaluation.checkpoints import fingerprint, stated_length
 from lcr.models.config import model_config
-from lcr.pretrained.safetensors import TensorFile
+from lcr.pretrained.safetensors import TensorFile, write_tensors
 from lcr.pretrained.start import initial_parameters, model_section
 from lcr.training.config import ConfigError, check_config, from_plain, to_plain
 from lcr.training.run import load_run
 from lcr.training.step import parameter_values
-from lcr.training.trainer import train
+from lcr.training.trainer import train, write_first_checkpoint
 
 from experiments.configs.finetune import get_config
 from tests.experiments.calling import call_program
@@ -111,11 +111,13 @@ def test_convert_there_and_back(tmp_path, capfd):
     assert call_program("convert", f"--source={source}", f"--target={tmp_path / 'run'}") == 0
     run = load_run(tmp_path / "run")
     assert run.step == 0 and run.task.tokenizer.name == "rwkv"
-    assert call_program("convert", f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'back'}", "--family=llama") == 0
+    assert call_program("convert", f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'back'}") == 0
     ours, theirs = TensorFile(tmp_path / "back" / "model.safetensors"), TensorFile(source / "model.safetensors")
     assert ours.entries.keys() == theirs.entries.keys()
     for name in theirs.entries:
-        np.testing.assert_array_equal(ours.tensor(name), theirs.tensor(name).astype(np.float32), err_msg=name)
+        assert ours.tensor(name).dtype == theirs.tensor(name).dtype, name
+        np.testing.assert_array_equal(ours.tensor(name), theirs.tensor(name), err_msg=name)
+    same_fields(tmp_path / "back", source)
     assert (tmp_path / "back" / "rwkv_vocab_x.txt").exists()
     capfd.readouterr()
     for arguments, message in [
@@ -128,6 +130,77 @@ def test_convert_there_and_back(tmp_path, capfd):
         assert call_program("convert", *arguments) == 2
         assert message in capfd.readouterr().err
         assert not (tmp_path / "new").exists()
+
+
+FIELDS = {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 0, "max_position_embeddings": 777}
+
+
+def in_bfloat16(source, folder, **fields):
+    """The checkpoint in bfloat16, but for its norms; with what says nothing of the model in its config.json."""
+    shutil.copytree(source, folder)
+    theirs = TensorFile(source / "model.safetensors")
+    tensors = {name: theirs.tensor(name) for name in theirs.entries}
+    tensors = {name: t if "norm" in name else t.astype(jnp.bfloat16) for name, t in tensors.items()}
+    shapes = {name: (t.dtype, t.shape) for name, t in tensors.items()}
+    write_tensors(folder / "model.safetensors", shapes, tensors.__getitem__)
+    config = json.loads((source / "config.json").read_text()) | fields | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def same_fields(one, other):
+    assert json.loads((one / "config.json").read_text()) == json.loads((other / "config.json").read_text())
+
+
+@pytest.mark.parametrize("case", ["phi3_longrope", "mistral_swa", "llama_gqa"])
+def test_what_began_from_a_checkpoint_goes_back_as_it_came(tmp_path, case):
+    """Family, fields, names, dtypes and bits: through one run, and through a second that begins from it."""
+    fields = FIELDS if case != "phi3_longrope" else FIELDS | {"max_position_embeddings": 400}  # of its long factors
+    source = in_bfloat16(GOLDEN / case, tmp_path / "source", **fields)
+    assert call_program("convert", f"--source={source}", f"--target={tmp_path / 'run'}") == 0
+    write_first_checkpoint(get_config(str(tmp_path / "run")), tmp_path / "second")
+    ours = lcr.load_pretrained(tmp_path / "run")[0].source
+    assert ours == lcr.load_pretrained(source, progress=False)[0].source
+    theirs = TensorFile(source / "model.safetensors")
+    for run in ("run", "second"):
+        back = tmp_path / f"{run}_back"
+        assert call_program("convert", f"--source={tmp_path / run}", f"--target={back}") == 0
+        same_fields(back, source)
+        written = TensorFile(back / "model.safetensors")
+        assert written.entries.keys() == theirs.entries.keys()
+        for name in theirs.entries:
+            assert written.tensor(name).dtype == theirs.tensor(name).dtype, name
+            assert written.tensor(name).tobytes() == theirs.tensor(name).tobytes(), name
+
+
+def test_a_changed_model_does_not_claim_the_old_family(tmp_path):
+    """Phi-3's attention exchanged for GLA: the form of GLA's family; what says nothing of the model is left out."""
+    source = in_bfloat16(GOLDEN / "phi3_longrope", tmp_path / "source", bos_token_id=5)
+    config = get_config(str(source))
+    with config.unlocked(), config.ignore_type():
+        config.model.mixers, config.model.mixer_options = ("gla",) * len(config.model.mixers), {}
+    write_first_checkpoint(config, tmp_path / "run")
+    lcr.save_pretrained(lcr.load_pretrained(tmp_path / "run")[0], tmp_path / "back")
+    fields = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (fields["model_type"], fields["dtype"], "bos_token_id" in fields) == ("gla", "bfloat16", False)
+
+
+def test_a_changed_model_of_the_same_family_keeps_what_says_nothing_of_it(tmp_path):
+    source = in_bfloat16(LLAMA, tmp_path / "source", **FIELDS)
+    config = get_config(str(source))
+    with config.unlocked(), config.ignore_type():
+        config.model.mixers = config.model.mixers[:2]
+    write_first_checkpoint(config, tmp_path / "run")
+    lcr.save_pretrained(lcr.load_pretrained(tmp_path / "run")[0], tmp_path / "back")
+    fields = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert fields["num_hidden_layers"] == 2 and FIELDS.items() <= fields.items()
+
+
+def test_a_damaged_source_is_named(tmp_path):
+    write_first_checkpoint(get_config(str(MAMBA)), tmp_path / "run")
+    (tmp_path / "run" / "source.json").write_text('{"family": "mamba"}')
+    with pytest.raises(ConfigError, match="source.json is damaged .*; remove it"):
+        load_run(tmp_path / "run")
 
 
 def test_a_checkpoint_is_swept_for_passkeys(tmp_path, capfd):
@@ -150,6 +223,25 @@ def test_a_checkpoint_is_swept_for_passkeys(tmp_path, capfd):
     messages = capfd.readouterr().err
     for message in ("--step: a model given by --model", "--haystack: a run has its own", "expected the files of"):
         assert message in messages
+
+
+def test_generate(tmp_path, capfd, monkeypatch):
+    """Prompts that cannot be read are an error, not a traceback; any of several tokens may end a text."""
+    source = with_a_tokenizer(LLAMA, tmp_path / "llama")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for arguments, message in [
+        (("--prompt=\N{SNOWMAN}",), "the prompt: the vocabulary has no token for the byte 0xe2"),
+        ((f"--prompt_file={tmp_path / 'latin.txt'}",), "latin.txt: no UTF-8 at byte 3"),
+        ((f"--prompt_file={tmp_path / 'none.txt'}",), "none.txt: No such file or directory"),
+    ]:
+        assert call_program("generate", f"--model={source}", *arguments) == 2
+        assert message in capfd.readouterr().err
+    written = jnp.asarray([[ord("a"), ord("b"), ord("c"), ord("d")]], jnp.int32)
+    monkeypatch.setattr(lcr, "generate", lambda *arguments, **options: (written, None))
+    for ends, text in (([], "abcd"), ([ord("d"), ord("c")], "ab")):
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert call_program("generate", f"--model={source}", "--prompt=x") == 0
+        assert capfd.readouterr().out == text + "\n"
 
 
 def test_a_fingerprint_tells_models_apart():

@@ -1,5 +1,6 @@
 """The tokenizer beside a checkpoint."""
 
+import json
 import pathlib
 import shutil
 
@@ -44,7 +45,7 @@ def world(folder):
     (folder / "rwkv_vocab_v20230424.txt").write_text("\n".join(lines))
 
 
-@pytest.mark.parametrize(("make", "ends"), [(library, (0, 1)), (pieces, (1, 2)), (world, (None, 0))])
+@pytest.mark.parametrize(("make", "ends"), [(library, (0, (1,))), (pieces, (1, (2,))), (world, (None, (0,)))])
 def test_there_and_back(tmp_path, caplog, make, ends):
     make(tmp_path)
     tokenizer = load_tokenizer(tmp_path, 131)
@@ -52,11 +53,29 @@ def test_there_and_back(tmp_path, caplog, make, ends):
     assert ids.dtype == np.int32 and 0 < ids.max() < tokenizer.vocab_size
     assert tokenizer.decode(ids) == TEXT
     np.testing.assert_array_equal(tokenizer.encode(TEXT.encode()), ids)
-    assert (tokenizer.bos, tokenizer.eos) == ends and not set(ids) & {ends[1]}
+    assert (tokenizer.bos, tokenizer.eos) == ends and not set(ids) & set(ends[1])
     with pytest.raises(ValueError, match="ids from 0 to 9999"):
         tokenizer.decode(np.array([0, 9999]))
     load_tokenizer(tmp_path, 3)
     assert f"has ids up to {tokenizer.vocab_size - 1}, its model rows for 3" in caplog.text
+
+
+@pytest.mark.parametrize("make", [library, pieces, world])
+def test_several_tokens_may_end_a_text(tmp_path, make):
+    make(tmp_path)
+    before = load_tokenizer(tmp_path, 131)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [before.eos[0], 7, 9]}))
+    assert load_tokenizer(tmp_path, 131).eos == (before.eos[0], 7, 9)
+
+
+def test_the_ends_where_tokenizer_config_has_none(tmp_path):
+    library(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null}')
+    assert (load_tokenizer(tmp_path, 131).bos, load_tokenizer(tmp_path, 131).eos) == (None, ())
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 5, "eos_token_id": 6}')
+    assert (load_tokenizer(tmp_path, 131).bos, load_tokenizer(tmp_path, 131).eos) == (5, (6,))
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": "</s>"}')
+    assert (load_tokenizer(tmp_path, 131).bos, load_tokenizer(tmp_path, 131).eos) == (0, (1, 6))
 
 
 def test_rwkv_takes_the_longest_token_that_fits(tmp_path):
