@@ -104,7 +104,7 @@ def _backward(options, residuals, cotangents):
     statistics = jnp.concatenate([sums, product], axis=3)
     queries, keys, values, *rest, by_head = _blocks(grid, q, k, v, slopes, cut, options)
     gradients = backward(rules, plans(order), queries, keys, values, *rest, grid.cut_queries(do), statistics, by_head)
-    dq = grid.join_queries(gradients[0]).astype(q.dtype)
+    dq = (grid.join_queries(gradients[0]) * options.scale).astype(q.dtype)
     dk = grid.join_keys(gradients[1])
     dv = None if v is None else grid.join_keys(gradients[2])
     dindex = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), index)

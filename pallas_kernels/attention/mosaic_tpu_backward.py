@@ -64,11 +64,14 @@ def backward(rules, plans, queries, keys, values, query_index, key_index, cotang
             pltpu.VMEM((2, 2, rows), jnp.int32),
             pltpu.SemaphoreType.DMA((2, 4)),
             pltpu.SMEM((1,), jnp.int32),
-            pltpu.VMEM((2, rows, width), jnp.float32),
-            pltpu.SemaphoreType.DMA((2, 2)),
+            pltpu.VMEM((3, rows, width), jnp.float32),
+            pltpu.SemaphoreType.DMA((3, 2)),
             pltpu.VMEM((tile, width), jnp.float32),
             pltpu.VMEM((tile, value_width), jnp.float32),
             pltpu.VMEM((2, tile, LANES), jnp.int32),
+            pltpu.VMEM((tile, rows), jnp.float32),
+            pltpu.VMEM((tile, rows), queries.dtype),
+            pltpu.VMEM((tile, rows), queries.dtype),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
@@ -81,7 +84,7 @@ def _kernel(
     rules, plan, keys, values, key_index, slopes, queries, cotangents, statistics, query_index, _,
     dq, dk_out, dv_out,
     query_buffer, cotangent_buffer, statistic_buffer, index_buffer, arrivals, slot,
-    dq_buffer, dq_moves, dk, dv, columns,
+    dq_buffer, dq_moves, dk, dv, columns, weights, rounded, dscores,
 ):  # fmt: skip
     b, g, j = (pl.program_id(axis) for axis in range(3))
     index_row = b if query_index.shape[0] > 1 else 0
@@ -98,19 +101,27 @@ def _kernel(
         columns[0] = across_lanes(key_index[0:1])
     columns[1] = across_lanes(key_index[1:2])
 
-    def dq_read(tile, slot):
-        return pltpu.make_async_copy(dq.at[b, g, tile], dq_buffer.at[slot], dq_moves.at[slot, 0])
+    # Three places for dq: one is added to, one is on its way in, one on its way out.
+    def dq_read(n):
+        return pltpu.make_async_copy(dq.at[b, g, stream.tile(n)], dq_buffer.at[n % 3], dq_moves.at[n % 3, 0])
 
-    def dq_write(tile, slot):
-        return pltpu.make_async_copy(dq_buffer.at[slot], dq.at[b, g, tile], dq_moves.at[slot, 1])
+    def dq_write(n):
+        return pltpu.make_async_copy(dq_buffer.at[n % 3], dq.at[b, g, stream.tile(n)], dq_moves.at[n % 3, 1])
 
-    def visit(masked, n, tile, slot):
-        # The buffer was written back two visits ago: that has to be over before it is filled again.
+    @pl.when(stream.visited > 0)
+    def _():
+        dq_read(0).start()
+
+    def visit(masked, n, slot):
         @pl.when(n >= 2)
         def _():
-            dq_write(tile, slot).wait()
+            dq_write(n - 2).wait()
 
-        dq_read(tile, slot).start()
+        @pl.when(n + 1 < stream.visited)
+        def _():
+            dq_read(n + 1).start()
+
+        dq_read(n).wait()
         q, do, k = query_buffer[slot], cotangent_buffer[slot], keys[...]
         v = k[:, : rules.value_width] if values is None else values[...]
         logsumexp, product = statistic_buffer[slot, 0:1], statistic_buffer[slot, 1:2]
@@ -119,32 +130,29 @@ def _kernel(
         kv_position = spread(columns[1], scores)
         if slopes is not None:
             scores -= rules.bias(slopes[...], position, kv_position)
-        weights = jnp.exp2(scores - logsumexp)
+        weighed = jnp.exp2(scores - logsumexp)
         if masked:
             kv_document = spread(columns[0], scores) if rules.by_document else None
-            weights = jnp.where(rules.seen(document, kv_document, position, kv_position), weights, 0)
-        dv[...] += rules.product(weights.astype(do.dtype), do, (1, 0))
-        dscores = weights * (rules.product(v, do, (1, 1)) - product)
-        if bend is not None:
-            dscores *= bend
-        dscores = dscores.astype(q.dtype)
-        dk[...] += rules.product(dscores, q, (1, 0))
-        added = rules.product(dscores, k, (0, 0))
-        dq_read(tile, slot).wait()
-        dq_buffer[slot] += added * rules.scale
-        dq_write(tile, slot).start()
+            weighed = jnp.where(rules.seen(document, kv_document, position, kv_position), weighed, 0)
+        weights[...] = weighed if bend is None else weighed * bend
+        rounded[...] = weighed.astype(rounded.dtype)
+        dv[...] += rules.product(rounded[...], do, (1, 0))
+        dscores[...] = (weights[...] * (rules.product(v, do, (1, 1)) - product)).astype(dscores.dtype)
+        dk[...] += rules.product(dscores[...], q, (1, 0))
+        dq_buffer[n % 3] += rules.product(dscores[...], k, (0, 0))
+        dq_write(n).start()
 
-    last = stream.walk(j == 0, visit)
+    stream.walk(j == 0, visit)
 
-    dk[...] *= rules.scale
+    dk_out[...] = (dk[...] * rules.scale).astype(dk_out.dtype)
     if values is None:
-        dk[:, : rules.value_width] += dv[...]
+        both = dk[:, : rules.value_width] * rules.scale + dv[...]
+        dk_out[:, : rules.value_width] = both.astype(dk_out.dtype)
     else:
         dv_out[...] = dv[...].astype(dv_out.dtype)
-    dk_out[...] = dk[...].astype(dk_out.dtype)
 
-    # The next outer tile may begin with the tile of dq that this one has ended with.
-    for back in (1, 2):
-        @pl.when(stream.visited >= back)
-        def _():
-            dq_write(0, (last + back) % 2).wait()
+    # The next outer tile may begin with a tile of dq that this one has ended with.
+    for n in (stream.visited - 2, stream.visited - 1):
+        @pl.when(n >= 0)
+        def _(n=n):
+            dq_write(n).wait()

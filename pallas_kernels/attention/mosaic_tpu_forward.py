@@ -88,7 +88,7 @@ def _kernel(
     columns[1] = across_lanes(query_index[1:2])
     slope = None if slopes is None else across_lanes(slopes[...])
 
-    def visit(masked, n, tile, slot):
+    def visit(masked, n, slot):
         k = key_buffer[slot]
         v = k[:, : rules.value_width] if values is None else value_buffer[slot]
         computed = rules.scores(rules.product(q[...], k, (1, 1)))[0]

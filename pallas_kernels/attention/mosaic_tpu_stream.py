@@ -55,7 +55,7 @@ class Stream(NamedTuple):
         ]
 
     def _fetch(self, n, slot):
-        tile = self.plan[0, TILES + n]
+        tile = self.tile(n)
 
         @pl.when(tile >= 0)
         def _():
@@ -66,10 +66,13 @@ class Stream(NamedTuple):
     def visited(self):
         return self.plan[0, VISITED]
 
-    def walk(self, first: Any, visit: Callable[[bool, Any, Any, Any], None]) -> Any:
-        """`visit(masked, n, tile, slot)` for the n-th tile of the plan, which lies in `buffers[slot]` by then.
+    def tile(self, n):
+        return self.plan[0, TILES + n]
 
-        first: whether no outer tile before this one has fetched ahead. Returns the slot that comes next.
+    def walk(self, first: Any, visit: Callable[[bool, Any, Any], None]) -> None:
+        """`visit(masked, n, slot)` for the n-th tile of the plan, which lies in `buffers[slot]` by then.
+
+        first: whether no outer tile before this one has fetched ahead.
         """
 
         @pl.when(first)
@@ -79,14 +82,11 @@ class Stream(NamedTuple):
 
         def step(masked, n, slot):
             self._fetch(n + 1, 1 - slot)
-            tile = self.plan[0, TILES + n]
-            for copy in self._copies(tile, slot):
+            for copy in self._copies(self.tile(n), slot):
                 copy.wait()
-            visit(masked, n, tile, slot)
+            visit(masked, n, slot)
             return 1 - slot
 
         unmasked = self.plan[0, UNMASKED]
         slot = jax.lax.fori_loop(0, unmasked, functools.partial(step, False), self.slot[0])
-        slot = jax.lax.fori_loop(unmasked, self.visited, functools.partial(step, True), slot)
-        self.slot[0] = slot
-        return slot
+        self.slot[0] = jax.lax.fori_loop(unmasked, self.visited, functools.partial(step, True), slot)
