@@ -1,4 +1,4 @@
-"""Attention on a TPU by Pallas kernels (Mosaic): tiles of 256 rows by up to 1,024 keys, forward, backward and decoding.
+"""Attention on a TPU by Pallas kernels (Mosaic): forward, backward and decoding.
 
 The kernels are FlashAttention-2's (arXiv 2307.08691, algorithms 1 and 2) over lists of tiles: `tiles.schedule` says
 which tiles each outer tile visits, `mosaic_tpu_stream` brings them in that order, and tiles that are not listed are
@@ -6,6 +6,7 @@ neither read nor waited for. The query heads of one key-value head are folded in
 read once for all of them; a decoding call is one outer tile whose rows are heads.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -22,27 +23,34 @@ from pallas_kernels.attention.mosaic_tpu_rules import LANES, LOG2_E, NEVER, Rule
 from pallas_kernels.attention.mosaic_tpu_stream import plans
 from pallas_kernels.attention.options import Options
 
-# Rows and keys of a tile: the largest whose scores the compiler handles without spilling registers.
-ROWS = 256
-KEYS = 1_024
+# Rows and keys of a tile, forward and backward: by the compiler's schedule for a v5e the fastest without spills.
+FORWARD = (256, 1_024)
+BACKWARD = (512, 512)
+# Where a score takes more registers (float32 products, a soft cap, wide heads, an MXU of 256 x 256): half of each side.
+SMALLER = 2
 
 FAR = 2**30  # a position that no query reaches
 
 
+@dataclasses.dataclass(frozen=True)
 class Grid(tiles.Grid):
-    """Tiles whose sides are multiples of the 128 lanes: rows (`tokens` x group) and keys."""
+    """Tiles of at most so many rows (`tokens` x group) and keys, multiples of the 128 lanes."""
+
+    most: tuple[int, int] = FORWARD
 
     @property
     def tokens(self) -> int:
         unit = LANES // math.gcd(LANES, self.group)
-        most = max(ROWS // self.group // unit * unit, unit)
+        most = max(self.most[0] // self.group // unit * unit, unit)
         return tiles.divisor(self.block_size[0], most) if self.block_size else _even(self.length, most, unit)
 
     @property
     def keys(self) -> int:
-        most = KEYS if self.window is None else min(KEYS, max(2 * LANES, LANES * math.ceil(self.window / LANES)))
+        most = self.most[1]
+        if self.window is not None:  # a tile much wider than the window would be masked in most of it
+            most = min(most, LANES * math.ceil(max(self.window, 2 * LANES) / LANES))
         if self.block_size:
-            return LANES * tiles.divisor(self.block_size[1] // LANES, most // LANES)
+            return LANES * tiles.divisor(max(self.block_size[1] // LANES, 1), most // LANES)
         return _even(self.kv_length, most, LANES)
 
 
@@ -54,11 +62,11 @@ def supports(q, k, v, slopes, index, options: Options) -> str | None:
     if q.dtype not in ("bfloat16", "float32") or k.dtype != q.dtype:
         return f"by Mosaic TPU is for bfloat16 or float32 throughout, and q is {q.dtype}, k {k.dtype}"
     if options.block_size is not None:
-        grid = _grid(q, k, options)
-        if options.block_size[1] % LANES or grid.tokens * grid.group % LANES:
+        grids = [_grid(q, k, options, sides) for sides in (FORWARD, BACKWARD)]
+        if options.block_size[1] % LANES or any(grid.tokens * grid.group % LANES for grid in grids):
             return (
                 f"by Mosaic TPU has tiles whose sides are multiples of {LANES}, within one block of the mask each, and "
-                f"blocks are {options.block_size[0]} queries of {grid.group} heads by {options.block_size[1]} keys"
+                f"blocks are {options.block_size[0]} queries of {grids[0].group} heads by {options.block_size[1]} keys"
             )
     return None
 
@@ -81,27 +89,27 @@ def _attend(options, q, k, v, slopes, index):
 
 
 def _forward(options, q, k, v, slopes, index):
-    grid, rules = _grid(q, k, options), _rules(q, k, v, options)
+    grid, rules = _grid(q, k, options, FORWARD), _rules(q, k, v, options)
     cut = grid.cut_index(index)
     order = jax.vmap(functools.partial(tiles.schedule, band=rules.band, by_query=True))(cut)
     out, sums = forward(rules, plans(order), *_blocks(grid, q, k, v, slopes, cut, options))
     logsumexp = grid.join_queries(sums.swapaxes(3, 4))[..., 0] / LOG2_E
     o = grid.join_queries(out)
-    return (o, logsumexp), (q, k, v, slopes, index, o, sums)
+    return (o, logsumexp), (q, k, v, slopes, index, o, logsumexp)
 
 
 def _backward(options, residuals, cotangents):
-    q, k, v, slopes, index, o, sums = residuals
+    q, k, v, slopes, index, o, logsumexp = residuals
     do, of_logsumexp = cotangents
-    grid, rules = _grid(q, k, options), _rules(q, k, v, options)
+    grid, rules = _grid(q, k, options, BACKWARD), _rules(q, k, v, options)
     cut = grid.cut_index(index)
     order = jax.vmap(functools.partial(tiles.schedule, band=rules.band, by_query=False))(cut)
     # d scores = weights (d weights - product): the log-sum-exp's derivative in a score is that score's weight
     product = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - of_logsumexp
-    product = grid.cut_queries(product[..., None]).swapaxes(3, 4)
-    # exp2(score - this) is 0 for a row that sees nothing
-    sums = jnp.where(jnp.isneginf(sums), -NEVER, sums)
-    statistics = jnp.concatenate([sums, product], axis=3)
+    # For a row that sees nothing, real or filled in, exp2(score - 1e30) is 0.
+    sums = jnp.where(jnp.isneginf(logsumexp), -NEVER, logsumexp * LOG2_E)
+    rows = [grid.cut_queries(a[..., None]).swapaxes(3, 4) for a in (sums, product)]
+    statistics = jnp.concatenate(rows, axis=3)
     queries, keys, values, *rest, by_head = _blocks(grid, q, k, v, slopes, cut, options)
     gradients = backward(rules, plans(order), queries, keys, values, *rest, grid.cut_queries(do), statistics, by_head)
     dq = (grid.join_queries(gradients[0]) * options.scale).astype(q.dtype)
@@ -130,10 +138,12 @@ def _blocks(grid, q, k, v, slopes, cut, options):
     return grid.cut_queries(q), grid.cut_keys(k), values, query_index, key_index, by_head
 
 
-def _grid(q, k, options):
+def _grid(q, k, options, sides):
+    wide = q.dtype == jnp.float32 or options.soft_cap is not None or q.shape[3] > 192
+    by = SMALLER if wide or "v6" in devices.current().kind else 1
     return Grid(
         q.shape[1], k.shape[1], kv_heads=k.shape[2], group=q.shape[2] // k.shape[2], window=options.window,
-        block_size=options.block_size,
+        block_size=options.block_size, most=tuple(max(side // by, LANES) for side in sides),
     )  # fmt: skip
 
 
