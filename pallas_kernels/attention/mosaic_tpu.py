@@ -23,8 +23,9 @@ from pallas_kernels.attention.mosaic_tpu_rules import LANES, LOG2_E, NEVER, Rule
 from pallas_kernels.attention.mosaic_tpu_stream import plans
 from pallas_kernels.attention.options import Options
 
-# Rows and keys of a tile, forward and backward: by the compiler's schedule for a v5e the fastest without spills.
-FORWARD = (256, 1_024)
+# Rows and keys of a tile, forward and backward: the largest that a v5e's compiler schedules without spilling
+# registers. Larger tiles spill, and take fewer cycles all the same: see WORKSPACE.md.
+FORWARD = (256, 512)
 BACKWARD = (512, 512)
 # Where a score takes more registers (float32 products, a soft cap, wide heads, an MXU of 256 x 256): half of each side.
 SMALLER = 2

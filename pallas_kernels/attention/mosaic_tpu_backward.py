@@ -28,6 +28,9 @@ def backward(rules, plans, queries, keys, values, query_index, key_index, cotang
     outer, tile, value_width = keys.shape[2], keys.shape[3], rules.value_width
     plan_row, index_row = row_of(plans, batch), row_of(key_index, batch)
     whole = pl.BlockSpec(memory_space=pl.ANY)
+    plan_spec = pl.BlockSpec(
+        (None, None, 1, plans.shape[3]), lambda b, g, i: (plan_row(b), i, 0, 0), memory_space=pltpu.SMEM
+    )
 
     def of_tile(*block):
         return pl.BlockSpec((None, None, None, *block), lambda b, g, j: (b, g, j, 0, 0))
@@ -36,7 +39,7 @@ def backward(rules, plans, queries, keys, values, query_index, key_index, cotang
     of_values = None if values is None else of_tile(tile, value_width)
     like_values = None if values is None else jax.ShapeDtypeStruct(values.shape, values.dtype)
     arguments = [
-        (plans, pl.BlockSpec((None, None, 1, plans.shape[3]), lambda b, g, j: (plan_row(b), j, 0, 0), memory_space=pltpu.SMEM)),
+        (plans, plan_spec),
         (keys, of_keys),
         (values, of_values),
         (key_index, pl.BlockSpec((None, None, 2, tile), lambda b, g, j: (index_row(b), j, 0, 0))),

@@ -29,12 +29,15 @@ def forward(rules, plans, queries, keys, values, query_index, key_index, slopes)
 
     plan_row, index_row = row_of(plans, batch), row_of(query_index, batch)
     whole = pl.BlockSpec(memory_space=pl.ANY)
+    plan_spec = pl.BlockSpec(
+        (None, None, 1, plans.shape[3]), lambda b, g, i: (plan_row(b), i, 0, 0), memory_space=pltpu.SMEM
+    )
     of_head = lambda b, g, i: (b, g, i, 0, 0)
     return pl.pallas_call(
         functools.partial(_kernel, rules),
         grid=(batch, kv_heads, outer),
         in_specs=[
-            pl.BlockSpec((None, None, 1, plans.shape[3]), lambda b, g, i: (plan_row(b), i, 0, 0), memory_space=pltpu.SMEM),
+            plan_spec,
             pl.BlockSpec((None, None, None, rows, width), of_head),
             whole,
             None if values is None else whole,

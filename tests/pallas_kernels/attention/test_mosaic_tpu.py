@@ -10,9 +10,9 @@ from attention_conformance import arrays, out_and_gradients
 from attention_suite import AttentionSuite
 from pallas_kernels import devices
 from pallas_kernels.attention import attention, mosaic_tpu
+from pallas_kernels.attention.mosaic_tpu_stream import plans
 from pallas_kernels.attention.shapes import Shape
 from pallas_kernels.attention.tiles import Order
-from pallas_kernels.attention.mosaic_tpu_stream import plans
 from pallas_kernels.tolerances import assert_close
 
 simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
@@ -20,7 +20,7 @@ simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """128 to a side, so that the cases have many; other ones backward, so that nothing may hang on their being equal."""
+    """128 to a side, so that the cases have many; others backward, so that nothing hangs on their being equal."""
     monkeypatch.setattr(mosaic_tpu, "FORWARD", (128, 128))
     monkeypatch.setattr(mosaic_tpu, "BACKWARD", (128, 256))
 
