@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import devices
-from pallas_kernels.attention import chunked, cudnn, reference
+from pallas_kernels.attention import chunked, cudnn, mosaic_tpu, reference
 from pallas_kernels.attention.options import Options
 from pallas_kernels.attention.tiles import Index
 from pallas_kernels.dispatch import choose_supported
 from pallas_kernels.segments import document_index
 
 # name -> module with `attend`, and with `supports` where it does not support every call
-IMPLEMENTATIONS = {"chunked": chunked, "reference": reference, "cudnn": cudnn}
+IMPLEMENTATIONS = {"chunked": chunked, "reference": reference, "cudnn": cudnn, "mosaic_tpu": mosaic_tpu}
 
 # What is taken on a platform: the first that supports the call.
-PREFERRED = {"cpu": ("chunked",), "gpu": ("cudnn", "chunked"), "tpu": ("chunked",)}
+PREFERRED = {"cpu": ("chunked",), "gpu": ("cudnn", "chunked"), "tpu": ("mosaic_tpu", "chunked")}
 
 
 def attention(

@@ -1,0 +1,166 @@
+"""Attention on a TPU by Pallas kernels (Mosaic): forward, backward and decoding.
+
+The kernels are FlashAttention-2's (arXiv 2307.08691, algorithms 1 and 2) over lists of tiles: `tiles.schedule` says
+which tiles each outer tile visits, `mosaic_tpu_stream` brings them in that order, and tiles that are not listed are
+neither read nor waited for. The query heads of one key-value head are folded into the rows of a tile, so that keys are
+read once for all of them; a decoding call is one outer tile whose rows are heads.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels import devices
+from pallas_kernels.attention import tiles
+from pallas_kernels.attention.mosaic_tpu_backward import backward
+from pallas_kernels.attention.mosaic_tpu_forward import forward
+from pallas_kernels.attention.mosaic_tpu_rules import LANES, LOG2_E, NEVER, Rules
+from pallas_kernels.attention.mosaic_tpu_stream import plans
+from pallas_kernels.attention.options import Options
+
+# Rows and keys of a tile, forward and backward: the largest that a v5e's compiler schedules without spilling
+# registers. Larger tiles spill, and take fewer cycles all the same: see WORKSPACE.md.
+FORWARD = (256, 512)
+BACKWARD = (512, 512)
+# Where a score takes more registers (float32 products, a soft cap, wide heads, an MXU of 256 x 256): half of each side.
+SMALLER = 2
+
+FAR = 2**30  # a position that no query reaches
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid(tiles.Grid):
+    """Tiles of at most so many rows (`tokens` x group) and keys, multiples of the 128 lanes."""
+
+    most: tuple[int, int] = FORWARD
+
+    @property
+    def tokens(self) -> int:
+        unit = LANES // math.gcd(LANES, self.group)
+        most = max(self.most[0] // self.group // unit * unit, unit)
+        return tiles.divisor(self.block_size[0], most) if self.block_size else _even(self.length, most, unit)
+
+    @property
+    def keys(self) -> int:
+        most = self.most[1]
+        if self.window is not None:  # a tile much wider than the window would be masked in most of it
+            most = min(most, LANES * math.ceil(max(self.window, 2 * LANES) / LANES))
+        if self.block_size:
+            return LANES * tiles.divisor(max(self.block_size[1] // LANES, 1), most // LANES)
+        return _even(self.kv_length, most, LANES)
+
+
+def supports(q, k, v, slopes, index, options: Options) -> str | None:
+    """None, or what about the call is not supported."""
+    platform = devices.current().platform
+    if platform != "tpu":
+        return f"by Mosaic TPU needs a TPU, and this is {platform}"
+    if q.dtype not in ("bfloat16", "float32") or k.dtype != q.dtype:
+        return f"by Mosaic TPU is for bfloat16 or float32 throughout, and q is {q.dtype}, k {k.dtype}"
+    if options.block_size is not None:
+        grids = [_grid(q, k, options, sides) for sides in (FORWARD, BACKWARD)]
+        if options.block_size[1] % LANES or any(grid.tokens * grid.group % LANES for grid in grids):
+            return (
+                f"by Mosaic TPU has tiles whose sides are multiples of {LANES}, within one block of the mask each, and "
+                f"blocks are {options.block_size[0]} queries of {grids[0].group} heads by {options.block_size[1]} keys"
+            )
+    return None
+
+
+def attend(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"] | None,
+    slopes: Float[Array, "H"] | None,
+    index: tiles.Index,
+    options: Options,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """See `api.attention`. Differentiable once, in reverse, in q, k and v, through both results."""
+    return _attend(options, q, k, v, slopes, index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, q, k, v, slopes, index):
+    return _forward(options, q, k, v, slopes, index)[0]
+
+
+def _forward(options, q, k, v, slopes, index):
+    grid, rules = _grid(q, k, options, FORWARD), _rules(q, k, v, options)
+    cut = grid.cut_index(index)
+    order = jax.vmap(functools.partial(tiles.schedule, band=rules.band, by_query=True))(cut)
+    out, sums = forward(rules, plans(order), *_blocks(grid, q, k, v, slopes, cut, options))
+    logsumexp = grid.join_queries(sums.swapaxes(3, 4))[..., 0] / LOG2_E
+    o = grid.join_queries(out)
+    return (o, logsumexp), (q, k, v, slopes, index, o, logsumexp)
+
+
+def _backward(options, residuals, cotangents):
+    q, k, v, slopes, index, o, logsumexp = residuals
+    do, of_logsumexp = cotangents
+    grid, rules = _grid(q, k, options, BACKWARD), _rules(q, k, v, options)
+    cut = grid.cut_index(index)
+    order = jax.vmap(functools.partial(tiles.schedule, band=rules.band, by_query=False))(cut)
+    # d scores = weights (d weights - product): the log-sum-exp's derivative in a score is that score's weight
+    product = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - of_logsumexp
+    # For a row that sees nothing, real or filled in, exp2(score - 1e30) is 0.
+    sums = jnp.where(jnp.isneginf(logsumexp), -NEVER, logsumexp * LOG2_E)
+    rows = [grid.cut_queries(a[..., None]).swapaxes(3, 4) for a in (sums, product)]
+    statistics = jnp.concatenate(rows, axis=3)
+    queries, keys, values, *rest, by_head = _blocks(grid, q, k, v, slopes, cut, options)
+    gradients = backward(rules, plans(order), queries, keys, values, *rest, grid.cut_queries(do), statistics, by_head)
+    dq = (grid.join_queries(gradients[0]) * options.scale).astype(q.dtype)
+    dk = grid.join_keys(gradients[1])
+    dv = None if v is None else grid.join_keys(gradients[2])
+    dindex = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), index)
+    return dq, dk, dv, jax.tree.map(jnp.zeros_like, slopes), dindex
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _blocks(grid, q, k, v, slopes, cut, options):
+    """queries, keys, values, query_index, key_index and slopes, as the kernels take them."""
+    documents, kv_documents, positions, kv_positions, _ = cut
+    real = kv_documents != 0
+    kv_documents = jnp.where(real, kv_documents, jnp.iinfo(jnp.int32).min)  # unlike the 0 of a query that is padding
+    if options.causal:
+        kv_positions = jnp.where(real, kv_positions, FAR)
+    query_index = jnp.repeat(jnp.stack([documents, positions], axis=2), grid.group, axis=3)
+    key_index = jnp.stack([kv_documents, kv_positions], axis=2)
+    by_head = None
+    if slopes is not None:
+        by_head = jnp.tile(slopes.astype(jnp.float32).reshape(grid.kv_heads, 1, grid.group), (1, 1, grid.tokens))
+    values = None if v is None else grid.cut_keys(v)
+    return grid.cut_queries(q), grid.cut_keys(k), values, query_index, key_index, by_head
+
+
+def _grid(q, k, options, sides):
+    wide = q.dtype == jnp.float32 or options.soft_cap is not None or q.shape[3] > 192
+    by = SMALLER if wide or "v6" in devices.current().kind else 1
+    return Grid(
+        q.shape[1], k.shape[1], kv_heads=k.shape[2], group=q.shape[2] // k.shape[2], window=options.window,
+        block_size=options.block_size, most=tuple(max(side // by, LANES) for side in sides),
+    )  # fmt: skip
+
+
+def _rules(q, k, v, options):
+    """Plain causal calls need no documents: padding after the keys lies at a position that no query reaches."""
+    return Rules(
+        band=tiles.Band(options.causal, options.window),
+        by_document=not (options.plain and options.causal),
+        scale=options.scale,
+        soft_cap=options.soft_cap,
+        value_width=options.value_width or v.shape[3],
+        precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT,
+    )
+
+
+def _even(length: int, most: int, unit: int) -> int:
+    """The multiple of `unit` that cuts `length` into as few tiles as `most` allows, of equal size."""
+    each = math.ceil(length / math.ceil(length / most))
+    return unit * math.ceil(each / unit)

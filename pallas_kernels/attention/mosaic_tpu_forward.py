@@ -1,0 +1,126 @@
+"""The forward of attention on a TPU: an outer tile of queries, and the tiles of keys that it sees streamed past it.
+
+Rows of scores are lines (sublanes) here and keys are columns (lanes). What belongs to a row is kept as `[rows, 128]`,
+alike in all lanes, so that no lane is ever broadcast; the sum of a row is kept as 128 partial sums, one for each lane,
+and added up once at the end.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention.mosaic_tpu_rules import LANES, NEVER, VMEM_LIMIT, across_lanes, row_of, spread
+from pallas_kernels.attention.mosaic_tpu_stream import Stream
+
+
+def forward(rules, plans, queries, keys, values, query_index, key_index, slopes):
+    """Returns o `[B, G, outer, rows, V]` and the log-sum-exp (base 2), float32 `[B, G, outer, 1, rows]`.
+
+    rules: what the kernel is specialised for. plans: of `mosaic_tpu_stream`. queries: `[B, G, outer, rows, K]`. keys,
+    values: `[B, G, tiles, C, .]`; values None: the first `rules.value_width` channels of the keys. query_index,
+    key_index: int32 `[B or 1, outer, 2, rows]` and `[B or 1, tiles, 2, C]`, of documents and positions. slopes:
+    `[G, 1, rows]` or None.
+    """
+    batch, kv_heads, outer, rows, width = queries.shape
+    tile, value_width, dtype = keys.shape[3], rules.value_width, queries.dtype
+
+    plan_row, index_row = row_of(plans, batch), row_of(query_index, batch)
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    plan_spec = pl.BlockSpec(
+        (None, None, 1, plans.shape[3]), lambda b, g, i: (plan_row(b), i, 0, 0), memory_space=pltpu.SMEM
+    )
+    of_head = lambda b, g, i: (b, g, i, 0, 0)
+    return pl.pallas_call(
+        functools.partial(_kernel, rules),
+        grid=(batch, kv_heads, outer),
+        in_specs=[
+            plan_spec,
+            pl.BlockSpec((None, None, None, rows, width), of_head),
+            whole,
+            None if values is None else whole,
+            pl.BlockSpec((None, None, 2, rows), lambda b, g, i: (index_row(b), i, 0, 0)),
+            whole,
+            None if slopes is None else pl.BlockSpec((None, 1, rows), lambda b, g, i: (g, 0, 0)),
+        ],
+        out_specs=[
+            pl.BlockSpec((None, None, None, rows, value_width), of_head),
+            pl.BlockSpec((None, None, None, 1, rows), of_head),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, kv_heads, outer, rows, value_width), dtype),
+            jax.ShapeDtypeStruct((batch, kv_heads, outer, 1, rows), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((2, tile, width), dtype),
+            None if values is None else pltpu.VMEM((2, tile, value_width), dtype),
+            pltpu.VMEM((2, 2, tile), jnp.int32),
+            pltpu.SemaphoreType.DMA((2, 3)),
+            pltpu.SMEM((1,), jnp.int32),
+            pltpu.VMEM((rows, LANES), jnp.float32),
+            pltpu.VMEM((rows, LANES), jnp.float32),
+            pltpu.VMEM((rows, value_width), jnp.float32),
+            pltpu.VMEM((2, rows, LANES), jnp.int32),
+            pltpu.VMEM((rows, tile), jnp.float32),
+            pltpu.VMEM((rows, tile), dtype),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        name=f"attention_forward_{rows}_{tile}",
+    )(plans, queries, keys, values, query_index, key_index, slopes)
+
+
+def _kernel(
+    rules, plan, q, keys, values, query_index, key_index, slopes, o, logsumexp,
+    key_buffer, value_buffer, index_buffer, arrivals, slot, peak, total, out, columns, scores, weights,
+):  # fmt: skip
+    b, g, i = (pl.program_id(axis) for axis in range(3))
+    sources, buffers = [keys.at[b, g], key_index.at[b if key_index.shape[0] > 1 else 0]], [key_buffer, index_buffer]
+    if values is not None:
+        sources, buffers = [*sources, values.at[b, g]], [*buffers, value_buffer]
+    stream = Stream(plan, tuple(sources), tuple(buffers), arrivals, slot)
+
+    peak[...] = jnp.full_like(peak, NEVER)
+    total[...] = jnp.zeros_like(total)
+    out[...] = jnp.zeros_like(out)
+    if rules.by_document:
+        columns[0] = across_lanes(query_index[0:1])
+    columns[1] = across_lanes(query_index[1:2])
+    slope = None if slopes is None else across_lanes(slopes[...])
+
+    def visit(masked, n, slot):
+        k = key_buffer[slot]
+        v = k[:, : rules.value_width] if values is None else value_buffer[slot]
+        computed = rules.scores(rules.product(q[...], k, (1, 1)))[0]
+        of_keys = index_buffer[slot]
+        position, kv_position = spread(columns[1], computed), of_keys[1:2]
+        if slopes is not None:
+            computed -= rules.bias(spread(slope, computed), position, kv_position)
+        if masked:
+            document = spread(columns[0], computed) if rules.by_document else None
+            computed = jnp.where(rules.seen(document, of_keys[0:1], position, kv_position), computed, -jnp.inf)
+        scores[...] = computed
+        before = peak[...]
+        now = jnp.maximum(before, scores[...].max(axis=1, keepdims=True))
+        kept = jnp.exp2(before - now)
+        weighed = jnp.exp2(scores[...] - spread(now, computed))
+        peak[...] = now
+        total[...] = total[...] * kept + _fold(weighed)
+        weights[...] = weighed.astype(weights.dtype)
+        out[...] = out[...] * spread(kept, out) + rules.product(weights[...], v, (1, 0))
+
+    stream.walk(i == 0, visit)
+
+    sums = jnp.broadcast_to(total[...].sum(axis=1, keepdims=True), total.shape)
+    any_seen = sums > 0
+    sums = jnp.where(any_seen, sums, 1)
+    o[...] = (out[...] * spread(1 / sums, out)).astype(o.dtype)
+    logsumexp[...] = jnp.where(any_seen, peak[...] + jnp.log2(sums), -jnp.inf).T[0:1]
+
+
+def _fold(x):
+    """`[rows, n 128]` to `[rows, 128]` by sums."""
+    return functools.reduce(jnp.add, (x[:, at : at + LANES] for at in range(0, x.shape[1], LANES)))

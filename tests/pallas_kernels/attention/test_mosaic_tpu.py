@@ -1,0 +1,89 @@
+"""The TPU's kernels, simulated: memory spaces, copies and semaphores, with races looked for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_conformance import arrays, out_and_gradients
+from attention_suite import AttentionSuite
+from pallas_kernels import devices
+from pallas_kernels.attention import attention, mosaic_tpu
+from pallas_kernels.attention.mosaic_tpu_stream import plans
+from pallas_kernels.attention.shapes import Shape
+from pallas_kernels.attention.tiles import Order
+from pallas_kernels.tolerances import assert_close
+
+simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """128 to a side, so that the cases have many; others backward, so that nothing hangs on their being equal."""
+    monkeypatch.setattr(mosaic_tpu, "FORWARD", (128, 128))
+    monkeypatch.setattr(mosaic_tpu, "BACKWARD", (128, 256))
+
+
+class TestMosaicTPU(AttentionSuite):
+    implementation = "mosaic_tpu"
+    dtypes = (jnp.float32,)
+
+    def device(self):
+        return simulated()
+
+
+def test_bfloat16():
+    shape = Shape(T=200, S=300, H=4, G=2, K=64, V=128)
+    qkv = arrays(shape)
+    exact, exact_gradients = out_and_gradients("reference", *qkv)
+    with simulated():
+        o, gradients = out_and_gradients("mosaic_tpu", *(a.astype(jnp.bfloat16) for a in qkv))
+    assert o.dtype == gradients[0].dtype == jnp.bfloat16
+    assert_close(o.astype(jnp.float32), exact, "bfloat16")
+    assert_close([g.astype(jnp.float32) for g in gradients], list(exact_gradients), "bfloat16 gradient")
+
+
+def test_tiles_not_listed_are_never_read():
+    """NaN in a tile that is masked, rather than skipped, would reach outputs and gradients (0 x NaN)."""
+    q, k, v = arrays(Shape(T=512, H=1, G=1, K=64))
+    ids = jnp.asarray(np.repeat([[1, 2]], 256, axis=1), jnp.int32)
+    cotangent = jnp.zeros_like(q).at[:, 256:384].set(1.0)  # of queries that neither see the first document nor the end
+
+    def looked_at(k, v):
+        with simulated():
+            o, (dq, _, _) = out_and_gradients("mosaic_tpu", q, k, v, cotangent, segment_ids=ids)
+        return o[:, 256:384], dq[:, 256:384]
+
+    poisoned = [a.at[:, :256].set(jnp.nan) for a in (k, v)]
+    assert_close(looked_at(*poisoned), looked_at(k, v), "exact")
+
+
+def test_a_plan_names_the_tile_that_comes_after():
+    """The last entry of a row is the first tile of the next row that has any."""
+    order = Order(
+        tiles=jnp.asarray([[[2, 0, 1], [0, 1, 2], [1, 2, 0], [2, 1, 0]]], jnp.int32),
+        unmasked=jnp.asarray([[0, 0, 1, 0]], jnp.int32),
+        visited=jnp.asarray([[1, 0, 3, 0]], jnp.int32),
+    )
+    rows = plans(order)[0, :, 0].tolist()
+    assert rows == [[0, 1, 2, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 3, 1, 2, 0, -1], [0, 0, -1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("float16", {"dtype": jnp.float16}),
+        ("multiples of 128", {"block_size": (64, 64)}),
+    ],
+)
+def test_says_what_it_does_not_support(reason, change):
+    q, k, v = (a.astype(change.get("dtype", jnp.float32)) for a in arrays(Shape(T=128, H=1, G=1, K=64)))
+    blocks = {}
+    if "block_size" in change:
+        blocks = {"block_size": change["block_size"], "block_mask": jnp.ones((2, 2), bool)}
+    with simulated(), pytest.raises(ValueError, match=reason):
+        attention(q, k, v, implementation="mosaic_tpu", **blocks)
+    with pytest.raises(ValueError, match="needs a TPU"):
+        attention(q, k, v, implementation="mosaic_tpu", **blocks)
+    jax.eval_shape(functools.partial(attention, **blocks), q, k, v)  # by default another one is taken
