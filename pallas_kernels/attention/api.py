@@ -68,8 +68,8 @@ def attention(
     implementation: a name of `IMPLEMENTATIONS`: obeyed, or refused with the reason. None: the fastest known one that
         supports the call on this device.
 
-    Returns o in q's dtype. Differentiable in q, k and v (through the log-sum-exp too). Memory: that of a few tiles of
-    512 x 512 scores beside inputs and outputs, forward and backward (for T = 1: one row of scores).
+    Returns o in q's dtype. Differentiable in q, k and v (through the log-sum-exp too). Memory: that of a few million
+    scores beside inputs and outputs, forward and backward, whatever the lengths (for T = 1: one row of scores).
 
     Raises: ValueError for shapes or dtypes that do not agree, heads that do not divide, options that are not
     positive, and an implementation that is unknown or does not support the call.

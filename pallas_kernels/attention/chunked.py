@@ -4,8 +4,8 @@ Memory is that of a few tiles, forward and backward: the backward recomputes eac
 log-sum-exp of its rows (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2). A tile in which no query sees a
 key is never computed: `tiles.schedule` lists the others beforehand, and the loops run over that list.
 
-On a CPU a matrix product with batch dimensions runs at half the speed of a plain one, so rows and key-value heads
-are looped over, and the query heads of one key-value head are folded into the rows of a tile.
+On a CPU a matrix product with many batch dimensions runs at half the speed of a plain one, so rows and groups of
+key-value heads are looped over, and the query heads of one key-value head are folded into the rows of a tile.
 """
 
 import functools
@@ -87,7 +87,7 @@ def _forward(options, q, k, v, index, slopes):
             slopes, blocks = args
             return _forward_head(band, options.scale, options.soft_cap, tile_index, slopes, order, *blocks)
 
-        return jax.lax.map(head, (by_group, blocks))
+        return jax.lax.map(head, (by_group, blocks), batch_size=grid.heads_together)
 
     blocks = grid.cut_queries(q), grid.cut_keys(k), grid.cut_keys(v)
     out, logsumexp = jax.lax.map(row, (grid.cut_index(index), blocks))
@@ -146,7 +146,7 @@ def _backward(options, residuals, cotangents):
             slopes, blocks = args
             return _backward_head(band, options.scale, options.soft_cap, tile_index, slopes, order, *blocks)
 
-        return jax.lax.map(head, (by_group, blocks))
+        return jax.lax.map(head, (by_group, blocks), batch_size=grid.heads_together)
 
     blocks = grid.cut_queries(q), grid.cut_keys(k), grid.cut_keys(v)
     blocks += grid.cut_queries(cotangent), logsumexp, grid.cut_queries(product)[..., 0]

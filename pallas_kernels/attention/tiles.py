@@ -18,10 +18,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 Carry = TypeVar("Carry")
 
-# Rows and keys of a tile. On two CPU cores 512 was the fastest of 128 .. 2048 (below it one core does the work), but
-# for a window that is no wider: there 128, since half of each 512 is computed in vain.
+# Rows and keys of a tile. On two CPU cores 512 is the fastest of 128 .. 2048 for a head alone or two together: below it
+# one core does the work. Of eight heads together smaller tiles keep both cores busy too, and compute less in vain along
+# the diagonal and the edge of a window: half of them, where queries reach back over few of them; for a window that is no
+# wider than one, 128 however many heads there are.
 SIDE = 512
 NARROW_SIDE = 128
+FEW = 8  # tiles of SIDE
 
 
 class Band(NamedTuple):
@@ -160,8 +163,20 @@ class Grid:
     block_size: tuple[int, int] | None = None
 
     @property
+    def reach(self) -> int:
+        return self.kv_length if self.window is None else min(self.window, self.kv_length)
+
+    @property
+    def heads_together(self) -> int:
+        """How many key-value heads are computed in one loop: so many products at once are a core's work each."""
+        most = 8 if self.reach <= FEW * SIDE else 2
+        return next(n for n in (most, 2, 1) if self.kv_heads % n == 0)
+
+    @property
     def side(self) -> int:
-        return SIDE if self.window is None or self.window > SIDE else min(SIDE, NARROW_SIDE)
+        if self.window is not None and self.window <= SIDE:
+            return min(SIDE, NARROW_SIDE)
+        return SIDE // 2 if self.heads_together == 8 else SIDE
 
     @property
     def tokens(self) -> int:

@@ -8,6 +8,11 @@ from pallas_kernels.attention import conformance
 from pallas_kernels.tolerances import TOLERANCE
 
 
+def assert_conforms(case, implementation, dtype):
+    for what, error, kind in conformance.errors(case, implementation, dtype):
+        assert error <= TOLERANCE[kind], f"{what}: error {error:.2e} above {TOLERANCE[kind]:.0e} ({kind})"
+
+
 class AttentionSuite:
     implementation: str
     dtypes = (jnp.float32,)
@@ -26,5 +31,4 @@ class AttentionSuite:
                     with pytest.raises(ValueError, match=f"implementation='{self.implementation}'"):
                         conformance.compute(case, self.implementation, dtype)
                     continue
-                for what, error, kind in conformance.errors(case, self.implementation, dtype):
-                    assert error <= TOLERANCE[kind], f"{what}: error {error:.2e} above {TOLERANCE[kind]:.0e} ({kind})"
+                assert_conforms(case, self.implementation, dtype)
