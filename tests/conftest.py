@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# How many threads XLA's CPU client has. JAX's GPU interpreter runs each warpgroup of a block on one, where it blocks at
+# barriers: with two threads, on a machine of two cores, a kernel of three warpgroups waits forever.
+os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest

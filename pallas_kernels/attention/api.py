@@ -7,17 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import devices
-from pallas_kernels.attention import chunked, cudnn, mosaic_tpu, reference
+from pallas_kernels.attention import chunked, cudnn, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.attention.options import Options
 from pallas_kernels.attention.tiles import Index
 from pallas_kernels.dispatch import choose_supported
 from pallas_kernels.segments import document_index
 
 # name -> module with `attend`, and with `supports` where it does not support every call
-IMPLEMENTATIONS = {"chunked": chunked, "reference": reference, "cudnn": cudnn, "mosaic_tpu": mosaic_tpu}
+IMPLEMENTATIONS = {
+    "chunked": chunked, "reference": reference, "cudnn": cudnn, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu
+}  # fmt: skip
 
-# What is taken on a platform: the first that supports the call.
-PREFERRED = {"cpu": ("chunked",), "gpu": ("cudnn", "chunked"), "tpu": ("mosaic_tpu", "chunked")}
+# What is taken on a platform: the first that supports the call. cuDNN goes before our kernels, which have not been timed.
+PREFERRED = {"cpu": ("chunked",), "gpu": ("cudnn", "mosaic_gpu", "chunked"), "tpu": ("mosaic_tpu", "chunked")}
 
 
 def attention(
