@@ -192,4 +192,6 @@ def test_kernels_are_compiled_and_what_fails_or_spills_is_told(tmp_path):
 def test_the_ops_compile_for_a_gpu_and_a_tpu():
     ended = check("--quick", "--target=h200,v6e", "--ops=attention,wkv")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "6 rows, 0 of them wrong" in ended.stdout
+    assert "7 rows, 0 of them wrong" in ended.stdout
+    by = [line.split(" | ")[4] for line in ended.stdout.splitlines() if "| attention |" in line]
+    assert sorted(by) == ["cudnn", "mosaic_gpu", "mosaic_gpu", "mosaic_tpu", "mosaic_tpu"], ended.stdout

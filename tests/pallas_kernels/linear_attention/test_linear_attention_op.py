@@ -19,7 +19,7 @@ GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 def make(shape, packed=False, seed=0, dtype=jnp.float32):
     """Inputs, keyword inputs, and cotangents of both outputs."""
     random = np.random.default_rng(seed)
-    B, T, H, K, V, decay, _ = shape
+    B, T, H, K, V, decay, *_ = shape
 
     def normal(*sizes):
         return jnp.asarray(random.standard_normal(sizes), dtype)

@@ -20,7 +20,7 @@ SMALL = Shape(B=2, T=150, H=2, K=5, V=3, decay="channel", bonus=True)
 def make(shape, packed=False, dtype=jnp.float32):
     """Inputs, segment ids, and cotangents of both outputs."""
     random = np.random.default_rng(0)
-    B, T, H, K, V, decay, bonus = shape
+    B, T, H, K, V, decay, bonus, _ = shape
 
     def normal(*sizes):
         return jnp.asarray(random.standard_normal(sizes), dtype)
