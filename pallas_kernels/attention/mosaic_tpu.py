@@ -23,12 +23,15 @@ from pallas_kernels.attention.mosaic_tpu_rules import LANES, LOG2_E, NEVER, Rule
 from pallas_kernels.attention.mosaic_tpu_stream import plans
 from pallas_kernels.attention.options import Options
 
-# Rows and keys of a tile, forward and backward: the largest that a v5e's compiler schedules without spilling
-# registers. Larger tiles spill, and take fewer cycles all the same: see WORKSPACE.md.
-FORWARD = (256, 512)
+# Rows and keys of a tile, forward and backward: the largest of those tried that compilers schedule without spilling
+# registers. Larger ones spill, and take fewer cycles all the same: see WORKSPACE.md. Of a v6e's: half of the rows.
+FORWARD = (512, 512)
 BACKWARD = (512, 512)
-# Where a score takes more registers (float32 products, a soft cap, wide heads, an MXU of 256 x 256): half of each side.
-SMALLER = 2
+# At most these where a score takes more registers: a soft cap, keys wider than the lanes.
+HEAVY_FORWARD = (256, 256)
+HEAVY_BACKWARD = (128, 256)
+# At most this for float32 products, and for keys wider than twice the lanes.
+HEAVIEST = (128, 128)
 
 FAR = 2**30  # a position that no query reaches
 
@@ -43,7 +46,7 @@ class Grid(tiles.Grid):
     def tokens(self) -> int:
         unit = LANES // math.gcd(LANES, self.group)
         most = max(self.most[0] // self.group // unit * unit, unit)
-        return tiles.divisor(self.block_size[0], most) if self.block_size else _even(self.length, most, unit)
+        return tiles.divisor(self.block_size[0], most) if self.block_size else _side(self.length, most, unit)
 
     @property
     def keys(self) -> int:
@@ -52,7 +55,7 @@ class Grid(tiles.Grid):
             most = min(most, LANES * math.ceil(max(self.window, 2 * LANES) / LANES))
         if self.block_size:
             return LANES * tiles.divisor(max(self.block_size[1] // LANES, 1), most // LANES)
-        return _even(self.kv_length, most, LANES)
+        return _side(self.kv_length, most, LANES)
 
 
 def supports(q, k, v, slopes, index, options: Options) -> str | None:
@@ -63,7 +66,7 @@ def supports(q, k, v, slopes, index, options: Options) -> str | None:
     if q.dtype not in ("bfloat16", "float32") or k.dtype != q.dtype:
         return f"by Mosaic TPU is for bfloat16 or float32 throughout, and q is {q.dtype}, k {k.dtype}"
     if options.block_size is not None:
-        grids = [_grid(q, k, options, sides) for sides in (FORWARD, BACKWARD)]
+        grids = [_grid(q, k, options, backward) for backward in (False, True)]
         if options.block_size[1] % LANES or any(grid.tokens * grid.group % LANES for grid in grids):
             return (
                 f"by Mosaic TPU has tiles whose sides are multiples of {LANES}, within one block of the mask each, and "
@@ -90,7 +93,7 @@ def _attend(options, q, k, v, slopes, index):
 
 
 def _forward(options, q, k, v, slopes, index):
-    grid, rules = _grid(q, k, options, FORWARD), _rules(q, k, v, options)
+    grid, rules = _grid(q, k, options, backward=False), _rules(q, k, v, options)
     cut = grid.cut_index(index)
     order = jax.vmap(functools.partial(tiles.schedule, band=rules.band, by_query=True))(cut)
     out, sums = forward(rules, plans(order), *_blocks(grid, q, k, v, slopes, cut, options))
@@ -102,7 +105,7 @@ def _forward(options, q, k, v, slopes, index):
 def _backward(options, residuals, cotangents):
     q, k, v, slopes, index, o, logsumexp = residuals
     do, of_logsumexp = cotangents
-    grid, rules = _grid(q, k, options, BACKWARD), _rules(q, k, v, options)
+    grid, rules = _grid(q, k, options, backward=True), _rules(q, k, v, options)
     cut = grid.cut_index(index)
     order = jax.vmap(functools.partial(tiles.schedule, band=rules.band, by_query=False))(cut)
     # d scores = weights (d weights - product): the log-sum-exp's derivative in a score is that score's weight
@@ -139,12 +142,18 @@ def _blocks(grid, q, k, v, slopes, cut, options):
     return grid.cut_queries(q), grid.cut_keys(k), values, query_index, key_index, by_head
 
 
-def _grid(q, k, options, sides):
-    wide = q.dtype == jnp.float32 or options.soft_cap is not None or q.shape[3] > 192
-    by = SMALLER if wide or "v6" in devices.current().kind else 1
+def _grid(q, k, options, backward):
+    most, limit = (BACKWARD, HEAVY_BACKWARD) if backward else (FORWARD, HEAVY_FORWARD)
+    if q.dtype == jnp.float32 or q.shape[3] > 2 * LANES:
+        limit = HEAVIEST
+    elif options.soft_cap is None and q.shape[3] <= LANES:
+        limit = most
+    most = min(most[0], limit[0]), min(most[1], limit[1])
+    if "v6" in devices.current().kind:
+        most = max(most[0] // 2, LANES), most[1]
     return Grid(
         q.shape[1], k.shape[1], kv_heads=k.shape[2], group=q.shape[2] // k.shape[2], window=options.window,
-        block_size=options.block_size, most=tuple(max(side // by, LANES) for side in sides),
+        block_size=options.block_size, most=most,
     )  # fmt: skip
 
 
@@ -160,7 +169,12 @@ def _rules(q, k, v, options):
     )
 
 
-def _even(length: int, most: int, unit: int) -> int:
-    """The multiple of `unit` that cuts `length` into as few tiles as `most` allows, of equal size."""
-    each = math.ceil(length / math.ceil(length / most))
-    return unit * math.ceil(each / unit)
+def _side(length: int, most: int, unit: int) -> int:
+    """The smallest of `unit` x 1, 2, 4 .. that holds the length, as far as `most` allows.
+
+    Nothing in between: a backward of 384 x 384 spills where 512 x 512 does not.
+    """
+    side = unit
+    while side < length and 2 * side <= most:
+        side *= 2
+    return side

@@ -61,6 +61,7 @@ def forward(rules, plans, queries, keys, values, query_index, key_index, slopes)
             pltpu.SMEM((1,), jnp.int32),
             pltpu.VMEM((rows, LANES), jnp.float32),
             pltpu.VMEM((rows, LANES), jnp.float32),
+            pltpu.VMEM((rows, LANES), jnp.float32),
             pltpu.VMEM((rows, value_width), jnp.float32),
             pltpu.VMEM((2, rows, LANES), jnp.int32),
             pltpu.VMEM((rows, tile), jnp.float32),
@@ -75,7 +76,7 @@ def forward(rules, plans, queries, keys, values, query_index, key_index, slopes)
 
 def _kernel(
     rules, plan, q, keys, values, query_index, key_index, slopes, o, logsumexp,
-    key_buffer, value_buffer, index_buffer, arrivals, slot, peak, total, out, columns, scores, weights,
+    key_buffer, value_buffer, index_buffer, arrivals, slot, peak, kept, total, out, columns, scores, weights,
 ):  # fmt: skip
     b, g, i = (pl.program_id(axis) for axis in range(3))
     sources, buffers = [keys.at[b, g], key_index.at[b if key_index.shape[0] > 1 else 0]], [key_buffer, index_buffer]
@@ -105,20 +106,22 @@ def _kernel(
         scores[...] = computed
         before = peak[...]
         now = jnp.maximum(before, scores[...].max(axis=1, keepdims=True))
-        kept = jnp.exp2(before - now)
-        weighed = jnp.exp2(scores[...] - spread(now, computed))
         peak[...] = now
-        total[...] = total[...] * kept + _fold(weighed)
+        # What was gathered shrinks in a step of its own: in one expression with what is added, the compiler spills.
+        kept[...] = jnp.exp2(before - now)
+        total[...] *= kept[...]
+        out[...] *= spread(kept[...], out)
+        weighed = jnp.exp2(scores[...] - spread(now, computed))
+        total[...] += _fold(weighed)
         weights[...] = weighed.astype(weights.dtype)
-        out[...] = out[...] * spread(kept, out) + rules.product(weights[...], v, (1, 0))
+        out[...] += rules.product(weights[...], v, (1, 0))
 
     stream.walk(i == 0, visit)
 
-    sums = jnp.broadcast_to(total[...].sum(axis=1, keepdims=True), total.shape)
-    any_seen = sums > 0
-    sums = jnp.where(any_seen, sums, 1)
-    o[...] = (out[...] * spread(1 / sums, out)).astype(o.dtype)
-    logsumexp[...] = jnp.where(any_seen, peak[...] + jnp.log2(sums), -jnp.inf).T[0:1]
+    total[...] = jnp.broadcast_to(total[...].sum(axis=1, keepdims=True), total.shape)
+    kept[...] = jnp.where(total[...] > 0, 1 / total[...], 0)
+    logsumexp[...] = jnp.where(total[...] > 0, peak[...] + jnp.log2(total[...]), -jnp.inf).T[0:1]
+    o[...] = (out[...] * spread(kept[...], out)).astype(o.dtype)
 
 
 def _fold(x):

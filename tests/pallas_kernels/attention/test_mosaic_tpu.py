@@ -23,6 +23,7 @@ def small_tiles(monkeypatch):
     """128 to a side, so that the cases have many; others backward, so that nothing hangs on their being equal."""
     monkeypatch.setattr(mosaic_tpu, "FORWARD", (128, 128))
     monkeypatch.setattr(mosaic_tpu, "BACKWARD", (128, 256))
+    monkeypatch.setattr(mosaic_tpu, "HEAVIEST", (128, 256))
 
 
 class TestMosaicTPU(AttentionSuite):
