@@ -74,6 +74,8 @@ def attend_new(
     segments: Segments, attend: Callable = attention, **options: Any,
 ) -> Float[Array, "B T H V"]:  # fmt: skip
     """The tokens of a call that begins with an empty cache, which see one another alone."""
+    if segments.ids is None and attend is attention:
+        return attend(q, keys, values, **options)  # nothing given: there are kernels for that alone
     ids, steps = _documents(segments), _steps(segments)
     return attend(
         q, keys, values, segment_ids=ids, kv_segment_ids=ids, q_positions=steps, kv_positions=steps, **options

@@ -1,6 +1,7 @@
 """The public `attention`: what it computes, checks of its arguments, choice of an implementation."""
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def attention(
     `causal`) and is below `window` (if given: so many tokens, its own among them), in a block of keys that the block
     mask shows to it (if given). A query that is padding, or sees nothing, gives exactly 0 and passes no gradient.
 
-    q, k, v: any float dtypes; k and v have one. Scores, softmax and sums are in float32 (float64 for float64).
+    q, k, v: any float dtypes; k and v have one. Scores, softmax and sums are in float32 (in float64 if q is).
     v: None: the values are the first `value_width` channels of the keys, read once (the latent cache of multi-head
         latent attention, arXiv 2405.04434).
     scale: None is K ** -0.5.
@@ -89,6 +90,7 @@ def attention(
         value_width=value_width,
         block_size=None if block_size is None else tuple(block_size),
         plain=all(array is None for array in given),
+        with_logsumexp=return_logsumexp,
     )
     index = _index(q, k, segment_ids, kv_segment_ids, q_positions, kv_positions, block_mask)
     slopes = None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes)
@@ -98,7 +100,7 @@ def attention(
         supports = getattr(IMPLEMENTATIONS[name], "supports", None)
         return None if supports is None else supports(*call)
 
-    candidates = PREFERRED[devices.current().platform]
+    candidates = PREFERRED.get(devices.current().platform, ("chunked",))
     chosen = choose_supported("attention", IMPLEMENTATIONS, implementation, candidates, why_not)
     o, logsumexp = IMPLEMENTATIONS[chosen].attend(*call)
     return (o, logsumexp) if return_logsumexp else o
@@ -195,7 +197,7 @@ def _check_blocks(block_mask, block_size, batch, length, kv_length) -> None:
         )
     if block_mask is None:
         return
-    if len(block_size) != 2 or not all(isinstance(n, int) and n > 0 for n in block_size):
+    if len(block_size) != 2 or not all(isinstance(n, numbers.Integral) and n > 0 for n in block_size):
         raise ValueError(f"block_size={block_size!r}: expected two numbers of tokens above 0, of queries and of keys")
     blocks = math.ceil(length / block_size[0]), math.ceil(kv_length / block_size[1])
     if block_mask.dtype != bool:

@@ -23,13 +23,11 @@ class Case:
     rows: "whole" (one document, nothing given), "packed" (documents, padding at both ends and inside, an id that comes
     back), "ring" (a cache whose slots are in any order, some empty, of which each row has filled another part).
     block_size: of a random block mask in which a whole line of blocks is empty.
-    absorbed: values are the first V channels of the keys.
     """
 
     shape: Shape
     rows: str = "whole"
     block_size: tuple[int, int] | None = None
-    absorbed: bool = False
     alibi: bool = False
 
 
@@ -40,6 +38,7 @@ CASES = {
     "full": Case(shape=Shape(T=300, S=500, H=2, G=1, K=128, causal=False)),
     "width 96": Case(shape=Shape(T=150, H=2, G=2, K=96)),
     "width 256": Case(shape=Shape(T=140, H=2, G=1, K=256, soft_cap=5.0)),
+    "widths 64 and 256": Case(shape=Shape(T=100, H=2, G=1, K=64, V=256)),
     "widths 192 and 128": Case(shape=Shape(T=200, H=2, G=2, K=192, V=128)),
     "window": Case(shape=Shape(T=500, H=1, G=1, K=64, window=70)),
     "window, not causal": Case(shape=Shape(T=200, H=2, G=1, K=64, causal=False, window=33)),
@@ -55,8 +54,8 @@ CASES = {
     "decode": Case(shape=Shape(B=3, T=1, S=700, H=8, G=2, K=128), rows="ring"),
     "decode three": Case(shape=Shape(B=2, T=3, S=260, H=4, G=1, K=64), rows="ring"),
     "decode, soft cap": Case(shape=Shape(B=2, T=1, S=300, H=2, G=2, K=64, soft_cap=3.0, window=150), rows="ring"),
-    "latent decode": Case(shape=Shape(B=2, T=1, S=200, H=16, G=1, K=576, V=512), rows="ring", absorbed=True),
-    "latent prefill": Case(shape=Shape(T=70, S=150, H=4, G=1, K=96, V=64), absorbed=True),
+    "latent decode": Case(shape=Shape(B=2, T=1, S=200, H=16, G=1, K=576, V=512, latent=True), rows="ring"),
+    "latent prefill": Case(shape=Shape(T=70, S=150, H=4, G=1, K=96, V=64, latent=True)),
     "alibi": Case(shape=Shape(B=2, T=150, H=4, G=2, K=64), rows="packed", alibi=True),
 }
 
@@ -64,7 +63,7 @@ CASES = {
 def arguments(case: Case, dtype: Any, seed: int = 0) -> tuple[list[Array], dict[str, Array], dict[str, Any]]:
     """`(q, k[, v])`, the options of `attention` that are arrays, and those that are not."""
     shape, rng = case.shape, np.random.default_rng(seed)
-    sizes = (shape.q, shape.k) if case.absorbed else (shape.q, shape.k, shape.v)
+    sizes = (shape.q, shape.k) if shape.latent else (shape.q, shape.k, shape.v)
     floats = [jnp.asarray(rng.standard_normal(size), dtype) for size in sizes]
     index = {"whole": lambda *_: {}, "packed": _packed, "ring": _ring}[case.rows](rng, shape)
     static = dict(shape.options)
@@ -73,8 +72,6 @@ def arguments(case: Case, dtype: Any, seed: int = 0) -> tuple[list[Array], dict[
         index["block_mask"] = rng.random((shape.B, *blocks)) < 0.6
         index["block_mask"][0, blocks[0] // 2] = False
         static["block_size"] = case.block_size
-    if case.absorbed:
-        static["value_width"] = shape.V
     if case.alibi:
         index["alibi_slopes"] = np.geomspace(0.5, 0.01, shape.H).astype(np.float32)
     return floats, {name: jnp.asarray(a) for name, a in index.items()}, static
@@ -102,22 +99,29 @@ def _ring(rng, shape):
 
 
 @functools.cache
-def _program(implementation: str, static: tuple, absorbed: bool, backward: bool):
+def _program(implementation: str, static: tuple, with_logsumexp: bool):
     def forward(floats, index):
-        q, k, v = (*floats, None) if absorbed else floats
-        return api.attention(
-            q, k, v, **index, **dict(static), return_logsumexp=True, implementation=implementation
-        )
+        q, k, v = (*floats, None)[:3]
+        options = {**index, **dict(static), "return_logsumexp": with_logsumexp, "implementation": implementation}
+        results = api.attention(q, k, v, **options)
+        return results if with_logsumexp else (results,)
 
+    @jax.jit
     def both(floats, index, cotangents):
         results, pullback = jax.vjp(lambda floats: forward(floats, index), floats)
         return results, pullback(cotangents)[0]
 
-    return jax.jit(both if backward else lambda floats, index, _: (forward(floats, index), []))
+    return both
 
 
-def compute(case: Case, implementation: str, dtype: Any, exact: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
-    """o, the exponential of the log-sum-exp (relative to its largest), and dq, dk, dv where T > 1.
+def gives_logsumexp(implementation: str) -> bool:
+    return getattr(api.IMPLEMENTATIONS.get(implementation), "GIVES_LOGSUMEXP", True)
+
+
+def compute(
+    case: Case, implementation: str, dtype: Any, exact: bool = False, seed: int = 0, with_logsumexp: bool = True
+) -> dict[str, np.ndarray]:
+    """o, the log-sum-exp (0 where it is -inf) and where it is, if it is asked for; dq, dk and dv, of both.
 
     exact: the same numbers, in float32.
     """
@@ -128,11 +132,13 @@ def compute(case: Case, implementation: str, dtype: Any, exact: bool = False, se
     shape = (*case.shape.q[:3], case.shape.v[3])
     cotangents = jnp.asarray(rng.standard_normal(shape), dtype).astype(floats[0].dtype)
     of_sums = jnp.asarray(rng.standard_normal(shape[:3]), jnp.float32)
-    backward = case.shape.T > 1
-    run = _program(implementation, tuple(sorted(static.items())), case.absorbed, backward)
-    (o, logsumexp), gradients = run(floats, index, (cotangents, of_sums))
-    assert o.dtype == floats[0].dtype and logsumexp.dtype == jnp.float32, (o.dtype, logsumexp.dtype)
-    named = {"o": o, "unseen": jnp.isneginf(logsumexp), "logsumexp": jnp.where(jnp.isneginf(logsumexp), 0, logsumexp)}
+    run = _program(implementation, tuple(sorted(static.items())), with_logsumexp)
+    (o, *logsumexp), gradients = run(floats, index, (cotangents, of_sums) if with_logsumexp else (cotangents,))
+    dtypes = [o.dtype, *(a.dtype for a in logsumexp)]
+    assert dtypes == [floats[0].dtype, jnp.float32][: len(dtypes)], dtypes
+    named = {"o": o}
+    for a in logsumexp:
+        named |= {"unseen": jnp.isneginf(a), "logsumexp": jnp.where(jnp.isneginf(a), 0, a)}
     named |= {f"d{name}": gradient for name, gradient in zip("qkv", gradients, strict=False)}
     return {name: np.asarray(a, np.float32) for name, a in named.items()}
 
@@ -148,11 +154,12 @@ def errors(
     """
     half = np.dtype(dtype).itemsize < 4
     kind = "bfloat16" if half else "float32"
-    want = compute(case, "reference", dtype, exact=True, seed=seed)
+    options = {"seed": seed, "with_logsumexp": gives_logsumexp(implementation)}
+    want = compute(case, "reference", dtype, exact=True, **options)
     poison()
-    found = compute(case, implementation, dtype, seed=seed)
+    found = compute(case, implementation, dtype, **options)
     poison()
-    again = compute(case, implementation, dtype, seed=seed) if twice else found
+    again = compute(case, implementation, dtype, **options) if twice else found
     for name, expected in want.items():
         gradient = " gradient" if name.startswith("d") else ""
         yield name, error(found[name], expected), "exact" if name == "unseen" else kind + gradient

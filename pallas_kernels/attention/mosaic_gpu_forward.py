@@ -208,7 +208,8 @@ def _block(
         if width != value_width:  # a part of the queries' tile cannot be copied: the values' tiles, once all are done
             plgpu.barrier_arrive(done)
             plgpu.barrier_wait(done)
-            result = v_tiles.at[0, pl.ds(warpgroup * products.LINES, products.LINES)]
+            at, keys = warpgroup * products.LINES, jnp.int32(plan.keys)
+            result = v_tiles.at[lax.div(at, keys), pl.ds(lax.rem(at, keys), products.LINES)]
         out, logs = finished(carry)
         result[...] = out.astype(q.dtype)
         sums[warpgroup] = logs

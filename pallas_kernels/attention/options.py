@@ -14,6 +14,7 @@ class Options:
     value_width: where values are the first so many channels of the keys (v is None then); else None.
     block_size: tokens of a query block and of a key block, where the index has a block mask; else None.
     plain: whether nothing is known but lengths: no ids, no positions and no block mask were given.
+    with_logsumexp: whether the log-sum-exp is asked for; else an implementation may give None for it.
     """
 
     causal: bool = True
@@ -23,6 +24,7 @@ class Options:
     value_width: int | None = None
     block_size: tuple[int, int] | None = None
     plain: bool = True
+    with_logsumexp: bool = False
 
     def values(self, k: Array, v: Array | None) -> Array:
         return k[..., : self.value_width] if v is None else v

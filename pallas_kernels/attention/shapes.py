@@ -5,7 +5,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One call: sizes by their letters (S: None is T, V: None is K), and the options of the op."""
+    """One call: sizes by their letters (S: None is T, V: None is K), and the options of the op.
+
+    latent: whether values are the first V channels of the keys. documents: how many of equal length lie in a row.
+    """
 
     B: int = 1
     T: int
@@ -18,6 +21,8 @@ class Shape:
     window: int | None = None
     soft_cap: float | None = None
     scale: float | None = None
+    latent: bool = False
+    documents: int = 1
 
     @property
     def q(self) -> tuple[int, int, int, int]:
@@ -33,7 +38,8 @@ class Shape:
 
     @property
     def options(self) -> dict:
-        return {"causal": self.causal, "window": self.window, "soft_cap": self.soft_cap, "scale": self.scale}
+        options = {"causal": self.causal, "window": self.window, "soft_cap": self.soft_cap, "scale": self.scale}
+        return options | ({"value_width": self.V} if self.latent else {})
 
     @property
     def forward_flops(self) -> int:
@@ -60,5 +66,7 @@ REAL = {
     "gemma2 9b 8k": Shape(T=8_192, H=16, G=8, K=256, soft_cap=50.0),
     "deepseek v3 4k": Shape(T=4_096, H=128, G=128, K=192, V=128),
     "llama3 8b prefill 4k of 128k": Shape(T=4_096, S=131_072, H=32, G=8, K=128),
+    "llama3 8b packed 8k": Shape(B=2, T=8_192, H=32, G=8, K=128, documents=4),
     "llama3 8b decode 128k": Shape(B=8, T=1, S=131_072, H=32, G=8, K=128),
+    "deepseek v3 decode 32k": Shape(B=8, T=1, S=32_768, H=128, G=1, K=576, V=512, latent=True),
 }

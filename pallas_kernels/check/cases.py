@@ -41,7 +41,13 @@ class Op:
 
 
 def attention(shape: attention_shapes.Shape) -> Call:
-    return functools.partial(pallas_kernels.attention, **shape.options), _arrays(shape.q, shape.k, shape.v)
+    def run(q, k, v=None, implementation=None):
+        ids = None
+        if shape.documents > 1:
+            ids = jnp.broadcast_to(1 + jnp.arange(shape.T, dtype=jnp.int32) * shape.documents // shape.T, q.shape[:2])
+        return pallas_kernels.attention(q, k, v, segment_ids=ids, **shape.options, implementation=implementation)
+
+    return run, _arrays(*(shape.q, shape.k, shape.v)[: 2 if shape.latent else 3])
 
 
 def selective_scan(shape: selective_scan_shapes.Shape) -> Call:

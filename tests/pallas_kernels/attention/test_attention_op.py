@@ -67,7 +67,7 @@ def test_reference_is_the_definition(name):
     names = ("segment_ids", "kv_segment_ids", "q_positions", "kv_positions", "block_mask")
     filled = api._index(*floats[:2], *(index.get(name) for name in names))
     options = {name: value for name, value in static.items() if name != "value_width"}
-    values = floats[1][..., : case.shape.V] if case.absorbed else floats[2]
+    values = floats[1][..., : case.shape.V] if case.shape.latent else floats[2]
     slopes = None if slopes is None else np.asarray(slopes)
     want, want_sums = by_hand(*floats[:2], values, jax.device_get(filled), slopes=slopes, **options)
     assert_close(o, want, "float32")
