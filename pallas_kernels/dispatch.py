@@ -1,4 +1,8 @@
-"""How an op chooses among its implementations: a name is obeyed or raises; a default is logged once."""
+"""How an op chooses among its implementations: a name is obeyed or raises; a default is logged once.
+
+An implementation is whatever has `run` (most are modules), a function of the op's arguments as its public function has
+checked them; where it does not take every call it has `supports`, of the same arguments, which gives the reason.
+"""
 
 import contextlib
 import contextvars
@@ -6,7 +10,7 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +19,34 @@ import numpy as np
 logger = logging.getLogger("pallas_kernels")
 
 
-def choose(op: str, implementations: Mapping[str, Callable], name: str | None, default: str) -> Callable:
-    """The implementation called `name`, or the default (logged the first time it is chosen).
+class Implementation(NamedTuple):
+    """One that is no module."""
 
-    Raises: ValueError for a name that the op does not have, naming the nearest and listing all.
+    run: Callable
+
+
+def call(op: str, implementations: Mapping[str, Any], name: str | None, candidates: Iterable[str], *arguments: Any) -> Any:
+    """What the implementation called `name` gives for the arguments; or, without a name, the first of the candidates
+    that supports them (logged the first time it is chosen).
+
+    Raises: ValueError for a name that the op does not have, naming the nearest and listing all, and for one that does
+    not support the call, saying why.
     """
-    return implementations[choose_supported(op, implementations, name, (default,), lambda _: None)]
+
+    def why_not(name: str) -> str | None:
+        supports = getattr(implementations[name], "supports", None)
+        return None if supports is None else supports(*arguments)
+
+    return implementations[_choose(op, implementations, name, candidates, why_not)].run(*arguments)
 
 
-def choose_supported(
+def _choose(
     op: str,
     implementations: Collection[str],
     name: str | None,
     candidates: Iterable[str],
     why_not: Callable[[str], str | None],
 ) -> str:
-    """`name`, or the first of the candidates that supports the call (logged the first time it is chosen).
-
-    why_not: what an implementation does not support about the call; None if it supports it.
-    Raises: ValueError for a name that the op does not have, naming the nearest and listing all, and for one that does
-    not support the call, saying why.
-    """
     if name is None:
         chosen = next(candidate for candidate in candidates if why_not(candidate) is None)
         _log_once(op, chosen)

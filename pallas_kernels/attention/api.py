@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import devices
+from pallas_kernels import devices, dispatch
 from pallas_kernels.attention import chunked, cudnn, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.attention.options import Options
 from pallas_kernels.attention.tiles import Index
-from pallas_kernels.dispatch import choose_supported
 from pallas_kernels.segments import document_index
 
-# name -> module with `attend`, and with `supports` where it does not support every call
 IMPLEMENTATIONS = {
     "chunked": chunked, "reference": reference, "cudnn": cudnn, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu
 }  # fmt: skip
@@ -96,13 +94,8 @@ def attention(
     slopes = None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes)
     call = q, k, v, slopes, index, options
 
-    def why_not(name: str) -> str | None:
-        supports = getattr(IMPLEMENTATIONS[name], "supports", None)
-        return None if supports is None else supports(*call)
-
     candidates = PREFERRED.get(devices.current().platform, ("chunked",))
-    chosen = choose_supported("attention", IMPLEMENTATIONS, implementation, candidates, why_not)
-    o, logsumexp = IMPLEMENTATIONS[chosen].attend(*call)
+    o, logsumexp = dispatch.call("attention", IMPLEMENTATIONS, implementation, candidates, *call)
     return (o, logsumexp) if return_logsumexp else o
 
 

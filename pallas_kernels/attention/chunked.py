@@ -21,7 +21,7 @@ from pallas_kernels.attention.options import Options, log_sum
 NEVER = -1e30  # below every score, yet finite, so that a row that has seen nothing gives no NaN
 
 
-def attend(
+def run(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"] | None,

@@ -55,7 +55,7 @@ def supports(q, k, v, slopes, index, options: Options) -> str | None:
     return None
 
 
-def attend(
+def run(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"] | None,
@@ -116,7 +116,7 @@ def _backward(options, residuals, cotangents):
     dindex = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), index)
     if max(q.shape[3], _value_width(v, options)) > MOST:
         # Nothing is trained at these widths (a decoding form's), so what is there is not worth a kernel.
-        _, pullback = jax.vjp(lambda q, k: chunked.attend(q, k, None, None, index, options), q, k)
+        _, pullback = jax.vjp(lambda q, k: chunked.run(q, k, None, None, index, options), q, k)
         return *pullback(cotangents), None, dindex
     cotangent, of_logsumexp = cotangents
     values = options.values(k, v)

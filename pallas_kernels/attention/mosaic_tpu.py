@@ -75,7 +75,7 @@ def supports(q, k, v, slopes, index, options: Options) -> str | None:
     return None
 
 
-def attend(
+def run(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"] | None,

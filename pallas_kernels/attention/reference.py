@@ -9,7 +9,7 @@ from pallas_kernels.attention.options import Options, log_sum
 from pallas_kernels.attention.tiles import Index
 
 
-def attend(
+def run(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"] | None,

@@ -3,11 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import devices
-from pallas_kernels.delta_rule.chunked import chunked
-from pallas_kernels.delta_rule.loop import loop
-from pallas_kernels.delta_rule.reference import reference
-from pallas_kernels.dispatch import choose, loop_forward
+from pallas_kernels import devices, dispatch
+from pallas_kernels.delta_rule import chunked, loop, reference
 
 
 def delta_rule(
@@ -54,27 +51,28 @@ def delta_rule(
     """
     _check(q, k, v, a, b, log_decay, initial_state, segment_ids)
     vector = log_decay is not None and log_decay.ndim == 4
-    default = default_implementation(q.shape[1], devices.current().platform, vector)
-    run = choose("delta_rule", IMPLEMENTATIONS, implementation, default)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return run(q, k, v, a, b, log_decay, initial_state, segment_ids, scale)
-
-
-def default_implementation(length: int, backend: str, vector: bool) -> str:
-    """What `implementation=None` stands for, given T, the platform, and whether channels have decays of their own.
-
-    Measured forward on two CPU cores, float32, T = 4096, K = V = 64, batch 1 and 8, 4 and 16 heads: with a decay for each
-    channel the loop takes 0.6 to 1.2 of the chunked form's time, with one a head 1.0 to 1.4 of it. Forward and backward
-    it takes 2.5 to 4 times as long.
-    """
-    return "loop_forward" if backend == "cpu" and vector and length > 1 else "chunked"
+    call = q, k, v, a, b, log_decay, initial_state, segment_ids, scale
+    candidates = preferred(devices.current().platform, q.shape[1], vector)
+    return dispatch.call("delta_rule", IMPLEMENTATIONS, implementation, candidates, *call)
 
 
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
-    "loop_forward": loop_forward(loop, chunked, scale_at=8),
+    "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=8)),
 }
+
+
+def preferred(platform: str, length: int, vector: bool) -> tuple[str, ...]:
+    """What `implementation=None` stands for, given the platform, T, and whether channels have decays of their own: the
+    first that supports the call.
+
+    Measured forward on two CPU cores, float32, T = 4096, K = V = 64, batch 1 and 8, 4 and 16 heads: with a decay for each
+    channel the loop takes 0.6 to 1.2 of the chunked form's time, with one a head 1.0 to 1.4 of it. Forward and backward
+    it takes 2.5 to 4 times as long.
+    """
+    return ("loop_forward",) if platform == "cpu" and vector and length > 1 else ("chunked",)
 
 
 def _check(q, k, v, a, b, log_decay, initial_state, segment_ids):

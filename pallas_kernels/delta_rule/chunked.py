@@ -28,7 +28,7 @@ from pallas_kernels.delta_rule.reference import Tokens, first_state, mark_docume
 CHUNK = 32  # a power of two; 16 and 64 take as long or longer on CPU, with one decay a head and with one a channel
 
 
-def chunked(
+def run(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],

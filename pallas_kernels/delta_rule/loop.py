@@ -9,7 +9,7 @@ from pallas_kernels.chunks import scan_chunks
 from pallas_kernels.delta_rule.reference import first_state, mark_documents, step
 
 
-def loop(
+def run(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],

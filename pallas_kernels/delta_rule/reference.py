@@ -53,7 +53,7 @@ def step(
     return state, jnp.sum(scale * q * state, axis=2)
 
 
-def reference(
+def run(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],

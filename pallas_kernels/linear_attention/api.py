@@ -3,11 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import devices
-from pallas_kernels.dispatch import choose, loop_forward
-from pallas_kernels.linear_attention.chunked import chunked
-from pallas_kernels.linear_attention.loop import loop
-from pallas_kernels.linear_attention.reference import reference
+from pallas_kernels import devices, dispatch
+from pallas_kernels.linear_attention import chunked, loop, reference
 
 
 def linear_attention(
@@ -52,27 +49,27 @@ def linear_attention(
     2312.06635, equation 3; RWKV-6 (bonus), arXiv 2404.05892, equation 19.
     """
     _check(q, k, v, log_decay, bonus, initial_state, segment_ids)
-    default = default_implementation(q.shape[1], devices.current().platform)
-    run = choose("linear_attention", IMPLEMENTATIONS, implementation, default)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return run(q, k, v, log_decay, initial_state, segment_ids, scale, bonus)
-
-
-def default_implementation(length: int, backend: str) -> str:
-    """What `implementation=None` stands for, given T and the platform.
-
-    Measured forward on two CPU cores, float32, T = 4096, K = V = 64, batch 1 and 8, 4 and 16 heads: the loop takes 0.5 to
-    1.3 of the chunked form's time with a scalar decay, 0.25 to 0.6 of it with one decay a channel. Forward and backward
-    a token loop takes 3 to 11 times as long.
-    """
-    return "loop_forward" if backend == "cpu" and length > 1 else "chunked"
+    call = q, k, v, log_decay, initial_state, segment_ids, scale, bonus
+    candidates = preferred(devices.current().platform, q.shape[1])
+    return dispatch.call("linear_attention", IMPLEMENTATIONS, implementation, candidates, *call)
 
 
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
-    "loop_forward": loop_forward(loop, chunked, scale_at=6),
+    "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=6)),
 }
+
+
+def preferred(platform: str, length: int) -> tuple[str, ...]:
+    """What `implementation=None` stands for, given the platform and T: the first that supports the call.
+
+    Measured forward on two CPU cores, float32, T = 4096, K = V = 64, batch 1 and 8, 4 and 16 heads: the loop takes 0.5 to
+    1.3 of the chunked form's time with a scalar decay, 0.25 to 0.6 of it with one decay a channel. Forward and backward
+    a token loop takes 3 to 11 times as long.
+    """
+    return ("loop_forward",) if platform == "cpu" and length > 1 else ("chunked",)
 
 
 def _check(q, k, v, log_decay, bonus, initial_state, segment_ids):

@@ -63,7 +63,7 @@ class Decays(NamedTuple):
     total: Float[Array, "#B H"]
 
 
-def chunked(
+def run(
     q: Float[Array, "B T G K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],

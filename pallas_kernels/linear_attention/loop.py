@@ -11,7 +11,7 @@ from pallas_kernels.linear_attention.reference import empty_state, step, token_i
 from pallas_kernels.segments import document_starts
 
 
-def loop(
+def run(
     q: Float[Array, "B T G K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],

@@ -32,7 +32,7 @@ def step(
     return jnp.where(valid[:, None, None, None], written, state), jnp.where(valid[:, None, None], o, zero)
 
 
-def reference(
+def run(
     q: Float[Array, "B T G K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],

@@ -1,12 +1,14 @@
 """The public `selective_scan`: shapes, choice of an implementation."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import choose, compute_dtype
+from pallas_kernels import devices, dispatch
 from pallas_kernels.selective_scan import chunked, reference
 
-IMPLEMENTATIONS = {"chunked": chunked.selective_scan, "reference": reference.selective_scan}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+
+# What is taken on a platform: the first that supports the call.
+PREFERRED = {"cpu": ("chunked",), "gpu": ("chunked",), "tpu": ("chunked",)}
 
 
 def selective_scan(
@@ -53,13 +55,7 @@ def selective_scan(
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name}: shape {array.shape}; expected {shape} beside x {x.shape} and A {A.shape}")
-    names = ("x", "dt", "A", "B", "C", "D", "initial_state")
-    dtype = compute_dtype(dict(zip(names, (x, dt, A, B, C, D, initial_state), strict=True)))
-    if D is None:
-        D = jnp.zeros((width,), dtype)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, width, states), dtype)
-    cast = [a.astype(dtype) for a in (x, dt, A, B, C, D, initial_state)]
-    run = choose("selective_scan", IMPLEMENTATIONS, implementation, default="chunked")
-    y, final_state = run(*cast, segment_ids)
-    return y.astype(x.dtype), final_state
+    dispatch.compute_dtype({"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state})
+    call = x, dt, A, B, C, D, initial_state, segment_ids
+    candidates = PREFERRED.get(devices.current().platform, ("chunked",))
+    return dispatch.call("selective_scan", IMPLEMENTATIONS, implementation, candidates, *call)

@@ -7,18 +7,20 @@ chunks' starts and computes each chunk again. D is the minor axis throughout, so
 for any state size N.
 """
 
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.segments import document_starts
+from pallas_kernels.selective_scan.reference import in_one_dtype
 
 CHUNK_LENGTH = 32  # tokens whose [B, N, D] are held at once
 GROUP_ELEMENTS = 8192  # rows are taken together up to this many elements of [B, N, D], to stay in the cache
 
 
-def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids):
-    """See `api.selective_scan`; arguments are checked and of one dtype there."""
+def run(x, dt, A, B, C, D, initial_state, segment_ids):
+    """See `api.selective_scan`; arguments are checked there."""
+    given = x.dtype
+    x, dt, A, B, C, D, initial_state = in_one_dtype(x, dt, A, B, C, D, initial_state)
     length = x.shape[1]
     if segment_ids is None:
         starts = None
@@ -35,7 +37,7 @@ def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids):
         y, final_state = _one_token(x_in, dt, A, B, C, starts, initial_state)
     else:
         y, final_state = _in_chunks(x_in, dt, A, B, C, starts, initial_state)
-    return y + D[None, None] * x_in, final_state
+    return (y + D[None, None] * x_in).astype(given), final_state
 
 
 def _one_token(x, dt, A, B, C, starts, state):

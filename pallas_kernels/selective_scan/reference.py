@@ -3,11 +3,22 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import compute_dtype
 from pallas_kernels.segments import document_starts
 
 
-def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids):
-    """See `api.selective_scan`. One `lax.scan` step per token; arguments are checked and of one dtype there."""
+def in_one_dtype(x, dt, A, B, C, D, initial_state):
+    """The arguments in the dtype of the computation, zeros for a D or an initial state that is None."""
+    floats = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}
+    dtype = compute_dtype(floats)
+    shapes = {"D": A.shape[:1], "initial_state": (x.shape[0], *A.shape)}
+    return [jnp.zeros(shapes[n], dtype) if a is None else a.astype(dtype) for n, a in floats.items()]
+
+
+def run(x, dt, A, B, C, D, initial_state, segment_ids):
+    """See `api.selective_scan`. One `lax.scan` step per token; arguments are checked there."""
+    given = x.dtype
+    x, dt, A, B, C, D, initial_state = in_one_dtype(x, dt, A, B, C, D, initial_state)
     if segment_ids is None:
         valid = jnp.ones(x.shape[:2], bool)
         starts = jnp.zeros(x.shape[:2], bool)
@@ -24,4 +35,4 @@ def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids):
 
     tokens = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (x, dt, B, C, valid, starts))
     final_state, y = jax.lax.scan(step, initial_state, tokens)
-    return y.swapaxes(0, 1), final_state
+    return y.swapaxes(0, 1).astype(given), final_state

@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import devices
-from pallas_kernels.dispatch import choose, compute_dtype, loop_forward
-from pallas_kernels.wkv.chunked import chunked
-from pallas_kernels.wkv.reference import WKVState, reference
+from pallas_kernels import devices, dispatch
+from pallas_kernels.wkv import chunked, reference
+from pallas_kernels.wkv.reference import WKVState
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "loop_forward": loop_forward(reference, chunked)}
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "chunked": chunked,
+    "loop_forward": dispatch.Implementation(dispatch.loop_forward(reference.run, chunked.run)),
+}
 FORGETS = -1e30  # what a log decay of -inf is taken for: nothing is left either, and its multiples are finite
 
 
@@ -51,22 +54,23 @@ def wkv(
     _check(k, v, log_decay, bonus, initial_state, segment_ids)
     batch, length, width = k.shape
     arguments = {"k": k, "v": v, "log_decay": log_decay, "bonus": bonus}
-    dtype = compute_dtype(arguments | {"initial_state": initial_state})
+    dtype = dispatch.compute_dtype(arguments | {"initial_state": initial_state})
     if initial_state is None:
         initial_state = WKVState(*[jnp.zeros((batch, width), dtype)] * 3)
-    run = choose("wkv", IMPLEMENTATIONS, implementation, default_implementation(length, devices.current().platform))
+    candidates = preferred(devices.current().platform, length)
     cast = [k, v, jnp.maximum(log_decay, FORGETS), bonus, initial_state]
-    y, final_state = run(*jax.tree.map(lambda leaf: leaf.astype(dtype), cast), segment_ids)
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), cast)
+    y, final_state = dispatch.call("wkv", IMPLEMENTATIONS, implementation, candidates, *cast, segment_ids)
     return y.astype(v.dtype), final_state
 
 
-def default_implementation(length: int, backend: str) -> str:
-    """What `implementation=None` stands for, given T and the platform."""
+def preferred(platform: str, length: int) -> tuple[str, ...]:
+    """What `implementation=None` stands for, given the platform and T."""
     # Measured on two busy CPU cores, float32, T = 4096, [B, D] from [1, 256] to [8, 1024]: forward the loop takes 0.4
     # to 0.7 of the chunked form's time; forward and backward it takes 0.9 to 1.7 times as long, and more memory.
     if length == 1:
-        return "reference"
-    return "loop_forward" if backend == "cpu" else "chunked"
+        return ("reference",)
+    return ("loop_forward",) if platform == "cpu" else ("chunked",)
 
 
 def _check(k, v, log_decay, bonus, initial_state, segment_ids):

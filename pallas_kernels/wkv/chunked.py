@@ -20,7 +20,7 @@ CHUNK = 64
 ROW_ELEMENTS = 1024  # chunks are taken together up to this many elements of [chunks, B, D]
 
 
-def chunked(k, v, log_decay, bonus, initial_state, segment_ids):
+def run(k, v, log_decay, bonus, initial_state, segment_ids):
     """See `api.wkv`; arguments are checked and of one dtype there. Memory: a few arrays as large as k."""
     batch, length, width = k.shape
     chunk = min(CHUNK, length)

@@ -60,7 +60,7 @@ def step(state: WKVState, token: tuple, log_decay, bonus) -> tuple[WKVState, Arr
     return jax.tree.map(lambda new, old: jnp.where(valid, new, old), after, state), jnp.where(valid, y, 0)
 
 
-def reference(k, v, log_decay, bonus, initial_state, segment_ids):
+def run(k, v, log_decay, bonus, initial_state, segment_ids):
     """See `api.wkv`; arguments are checked and of one dtype there. Backward memory: a state for every token."""
     valid = starts = None
     if segment_ids is not None:

@@ -128,8 +128,8 @@ def test_every_op_has_calls_of_its_real_shapes():
 def test_a_wrong_implementation_is_told_on_the_device(monkeypatch, capsys):
     class Wrong:
         @staticmethod
-        def attend(*call):
-            o, logsumexp = chunked.attend(*call)
+        def run(*call):
+            o, logsumexp = chunked.run(*call)
             return o * jnp.asarray(1.5, o.dtype), logsumexp
 
     monkeypatch.setattr(device, "QUICK", ("one tile",))

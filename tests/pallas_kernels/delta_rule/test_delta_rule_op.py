@@ -160,7 +160,7 @@ GATES = {
 def exact_loop(inputs):
     scale = inputs["k"].shape[-1] ** -0.5
     arguments = [inputs[name] for name in (*NAMES, "initial_state")]
-    return api.IMPLEMENTATIONS["reference"](*arguments, None, scale)
+    return api.IMPLEMENTATIONS["reference"].run(*arguments, None, scale)
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
@@ -223,14 +223,14 @@ def test_the_loop_in_place_is_the_token_loop(decay, packed):
     arguments = [inputs[name] for name in (*NAMES, "initial_state")] + [ids]
 
     def run(implementation):
-        return jax.jit(lambda *arrays: api.IMPLEMENTATIONS[implementation](*arrays, 0.7))
+        return jax.jit(lambda *arrays: api.IMPLEMENTATIONS[implementation].run(*arrays, 0.7))
 
     found, expected = run("loop_forward")(*arguments), run("reference")(*arguments)
     assert (found[0].dtype, found[1].dtype) == (dtype, jnp.float32)
     kind = "bfloat16 cut" if dtype == jnp.bfloat16 else "float32"
     assert_close(found, expected, kind)
     rows = [None if x is None else x[:, None] for x in arguments]
-    one_by_one = jax.jit(jax.vmap(lambda *arrays: api.IMPLEMENTATIONS["loop_forward"](*arrays, 0.7)))(*rows)
+    one_by_one = jax.jit(jax.vmap(lambda *arrays: api.IMPLEMENTATIONS["loop_forward"].run(*arrays, 0.7)))(*rows)
     assert_close(jax.tree.map(lambda x: x[:, 0], one_by_one), found, kind)
 
 
@@ -280,9 +280,9 @@ def test_one_token_is_a_direct_step():
 
 
 def test_default_follows_decay_length_and_device():
-    assert api.default_implementation(4096, "cpu", True) == "loop_forward"
-    assert api.default_implementation(4096, "cpu", False) == "chunked"
-    assert api.default_implementation(1, "cpu", True) == api.default_implementation(4096, "gpu", True) == "chunked"
+    assert api.preferred("cpu", 4096, True) == ("loop_forward",)
+    assert api.preferred("cpu", 4096, False) == api.preferred("cpu", 1, True) == ("chunked",)
+    assert api.preferred("gpu", 4096, True)[-1] == api.preferred("tpu", 4096, True)[-1] == "chunked"
 
 
 def test_the_choice_is_logged_once(caplog):

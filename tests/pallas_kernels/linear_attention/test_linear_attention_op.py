@@ -132,7 +132,7 @@ def test_extreme_gates_over_a_long_sequence():
     with jax.enable_x64(True):
         exact, exact_cotangents = jax.tree.map(np.float64, (inputs, cotangents))
         names = ("q", "k", "v", "log_decay", "initial_state")
-        expected = jax.jit(lambda *args: api.IMPLEMENTATIONS["reference"](*args, None, width**-0.5))(
+        expected = jax.jit(lambda *args: api.IMPLEMENTATIONS["reference"].run(*args, None, width**-0.5))(
             *[exact[name] for name in names]
         )
         expected = jax.device_get(expected)
@@ -169,7 +169,7 @@ def test_the_loop_in_place_is_the_token_loop(decay, packed):
     arguments = [inputs[name] for name in ("q", "k", "v", "log_decay", "initial_state")] + [ids]
 
     def run(implementation):
-        return lambda *arrays: api.IMPLEMENTATIONS[implementation](*arrays, 0.7, bonus)
+        return lambda *arrays: api.IMPLEMENTATIONS[implementation].run(*arrays, 0.7, bonus)
 
     found, expected = (jax.jit(run(name))(*arguments) for name in ("loop_forward", "reference"))
     assert (found[0].dtype, found[1].dtype) == (dtype, jnp.float32)
@@ -226,8 +226,9 @@ def test_one_token_is_a_direct_step():
 
 
 def test_default_follows_length_and_device():
-    assert api.default_implementation(4096, "cpu") == "loop_forward"
-    assert api.default_implementation(1, "cpu") == api.default_implementation(4096, "gpu") == "chunked"
+    assert api.preferred("cpu", 4096) == ("loop_forward",)
+    assert api.preferred("cpu", 1) == ("chunked",)
+    assert api.preferred("gpu", 4096)[-1] == api.preferred("tpu", 4096)[-1] == "chunked"  # it supports every call
 
 
 def test_the_choice_is_logged_once(caplog):

@@ -156,7 +156,7 @@ def test_extreme_gates_over_a_long_sequence():
     with jax.enable_x64(True):
         exact, exact_cotangents = jax.tree.map(np.float64, (inputs, cotangents))
         positional = [exact[name] for name in ("q", "k", "v", "log_decay", "initial_state")]
-        expected = jax.jit(lambda *args: api.IMPLEMENTATIONS["reference"](*args[:5], None, width**-0.5, args[5]))(
+        expected = jax.jit(lambda *args: api.IMPLEMENTATIONS["reference"].run(*args[:5], None, width**-0.5, args[5]))(
             *positional, exact["bonus"]
         )
         _, expected_gradients = jax.device_get(fast_outputs_and_gradients(exact, ids, exact_cotangents, "chunked"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from compiling import OPTIMIZED
 from pallas_kernels.wkv import WKVState, chunked, wkv
-from pallas_kernels.wkv.api import IMPLEMENTATIONS, default_implementation
+from pallas_kernels.wkv.api import IMPLEMENTATIONS, preferred
 from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "wkv4.npz"
@@ -214,9 +214,9 @@ def test_dtypes(implementation):
 
 
 def test_the_default_is_the_loop_that_learns_in_chunks():
-    assert default_implementation(4096, "cpu") == "loop_forward"
-    assert default_implementation(1, "cpu") == default_implementation(1, "gpu") == "reference"
-    assert default_implementation(4096, "gpu") == "chunked"
+    assert preferred("cpu", 4096) == ("loop_forward",)
+    assert preferred("cpu", 1) == preferred("gpu", 1) == ("reference",)
+    assert preferred("gpu", 4096) == ("chunked",)
 
 
 @pytest.mark.parametrize(
