@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.mesh import Axes, on_each_device
+
 logger = logging.getLogger("pallas_kernels")
 
 
@@ -25,19 +27,30 @@ class Implementation(NamedTuple):
     run: Callable
 
 
-def call(op: str, implementations: Mapping[str, Any], name: str | None, candidates: Iterable[str], *arguments: Any) -> Any:
+def call(
+    op: str,
+    implementations: Mapping[str, Any],
+    name: str | None,
+    candidates: Collection[str],
+    axes: Axes,
+    *arguments: Any,
+) -> Any:
     """What the implementation called `name` gives for the arguments; or, without a name, the first of the candidates
     that supports them (logged the first time it is chosen).
 
+    axes: of the arguments and results, by which the call is spread over the devices of a mesh: `pallas_kernels.mesh`.
     Raises: ValueError for a name that the op does not have, naming the nearest and listing all, and for one that does
     not support the call, saying why.
     """
 
-    def why_not(name: str) -> str | None:
-        supports = getattr(implementations[name], "supports", None)
-        return None if supports is None else supports(*arguments)
+    def run(*arguments: Any) -> Any:
+        def why_not(name: str) -> str | None:
+            supports = getattr(implementations[name], "supports", None)
+            return None if supports is None else supports(*arguments)
 
-    return implementations[_choose(op, implementations, name, candidates, why_not)].run(*arguments)
+        return implementations[_choose(op, implementations, name, candidates, why_not)].run(*arguments)
+
+    return on_each_device(run, arguments, axes)
 
 
 def _choose(

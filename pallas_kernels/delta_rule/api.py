@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
 from pallas_kernels.delta_rule import chunked, loop, reference
+from pallas_kernels.mesh import Axes
 
 
 def delta_rule(
@@ -54,7 +55,7 @@ def delta_rule(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = q, k, v, a, b, log_decay, initial_state, segment_ids, scale
     candidates = preferred(devices.current().platform, q.shape[1], vector)
-    return dispatch.call("delta_rule", IMPLEMENTATIONS, implementation, candidates, *call)
+    return dispatch.call("delta_rule", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
 
 
 IMPLEMENTATIONS = {
@@ -62,6 +63,9 @@ IMPLEMENTATIONS = {
     "chunked": chunked,
     "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=8)),
 }
+
+# Of q, k, v, a, b, log_decay, initial_state, segment_ids and scale; and of the results
+AXES = Axes(*["BTHK"] * 2, "BTHV", *["BTHK"] * 3, "BHKV", "BT", "", results=("BTHV", "BHKV"))
 
 
 def preferred(platform: str, length: int, vector: bool) -> tuple[str, ...]:

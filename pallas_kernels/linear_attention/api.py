@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
 from pallas_kernels.linear_attention import chunked, loop, reference
+from pallas_kernels.mesh import Axes
 
 
 def linear_attention(
@@ -52,7 +53,7 @@ def linear_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = q, k, v, log_decay, initial_state, segment_ids, scale, bonus
     candidates = preferred(devices.current().platform, q.shape[1])
-    return dispatch.call("linear_attention", IMPLEMENTATIONS, implementation, candidates, *call)
+    return dispatch.call("linear_attention", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
 
 
 IMPLEMENTATIONS = {
@@ -60,6 +61,11 @@ IMPLEMENTATIONS = {
     "chunked": chunked,
     "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=6)),
 }
+
+# Of q, k, v, log_decay (each of its forms), initial_state, segment_ids, scale and bonus; and of the results
+AXES = Axes(
+    "BTGK", "BTGK", "BTHV", ("BTHK", "BTH", "H"), "BHKV", "BT", "", "HK", results=("BTHV", "BHKV")
+)  # fmt: skip
 
 
 def preferred(platform: str, length: int) -> tuple[str, ...]:

@@ -3,12 +3,16 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
+from pallas_kernels.mesh import Axes
 from pallas_kernels.selective_scan import chunked, reference
 
 IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
 
 # What is taken on a platform: the first that supports the call.
 PREFERRED = {"cpu": ("chunked",), "gpu": ("chunked",), "tpu": ("chunked",)}
+
+# Of x, dt, A, B, C, D, initial_state and segment_ids; and of the results
+AXES = Axes("BTD", "BTD", "DN", "BTN", "BTN", "D", "BDN", "BT", results=("BTD", "BDN"))
 
 
 def selective_scan(
@@ -58,4 +62,4 @@ def selective_scan(
     dispatch.compute_dtype({"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state})
     call = x, dt, A, B, C, D, initial_state, segment_ids
     candidates = PREFERRED.get(devices.current().platform, ("chunked",))
-    return dispatch.call("selective_scan", IMPLEMENTATIONS, implementation, candidates, *call)
+    return dispatch.call("selective_scan", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
