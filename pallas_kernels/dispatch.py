@@ -64,7 +64,7 @@ def _choose(
         chosen = next(candidate for candidate in candidates if why_not(candidate) is None)
         _log_once(op, chosen)
         if (defaults := _defaults.get()) is not None:
-            defaults.append(chosen)
+            defaults.append((op, chosen))
         return chosen
     if name not in implementations:
         close = difflib.get_close_matches(str(name), implementations, n=1)
@@ -75,12 +75,12 @@ def _choose(
     return name
 
 
-_defaults: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("defaults", default=None)
+_defaults: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("defaults", default=None)
 
 
 @contextlib.contextmanager
-def recording_defaults() -> Iterator[list[str]]:
-    """A list to which every implementation is appended that is taken inside where none was named."""
+def recording_defaults() -> Iterator[list[tuple[str, str]]]:
+    """A list of (op, implementation) to which each is appended that is taken inside where none was named."""
     token = _defaults.set([])
     try:
         yield _defaults.get()

@@ -64,8 +64,10 @@ IMPLEMENTATIONS = {
     "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=8)),
 }
 
-# Of q, k, v, a, b, log_decay, initial_state, segment_ids and scale; and of the results
-AXES = Axes(*["BTHK"] * 2, "BTHV", *["BTHK"] * 3, "BHKV", "BT", "", results=("BTHV", "BHKV"))
+# Of q, k, v, a, b, log_decay (each of its forms), initial_state, segment_ids and scale; and of the results
+AXES = Axes(
+    "BTHK", "BTHK", "BTHV", "BTHK", "BTHK", ("BTHK", "BTH"), "BHKV", "BT", "", results=("BTHV", "BHKV")
+)  # fmt: skip
 
 
 def preferred(platform: str, length: int, vector: bool) -> tuple[str, ...]:
