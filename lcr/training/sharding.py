@@ -12,11 +12,12 @@ gradients. The state that `make_step` gives is laid out as the one it was given.
 `pallas_kernels.mesh`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 DATA = "data"
 LARGE = 2**16  # elements; a smaller array is kept whole on every device
@@ -24,7 +25,7 @@ LARGE = 2**16  # elements; a smaller array is kept whole on every device
 Shardings = Any  # a pytree of `NamedSharding`
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Shardings:
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh) -> Shardings:
     """For each leaf of a training state (arrays, or their shapes): cut along its longest axis that the devices divide.
 
     Never along the first one of the stacked layers: the scan over layers takes them one by one.
@@ -38,17 +39,14 @@ def state_shardings(state: Any, mesh: Mesh) -> Shardings:
     return jax.tree.map_with_path(place, state)
 
 
-def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> Shardings:
+def batch_shardings(batch: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> Shardings:
     """For what `select_predictions` gives: each device has its rows."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec(DATA)), batch)
 
 
 def _cut(shape: tuple[int, ...], devices: int, first: int) -> PartitionSpec:
-    size = 1
-    for axis in shape[first:]:
-        size *= axis
     axes = [axis for axis in range(first, len(shape)) if shape[axis] % devices == 0]
-    if size < LARGE or not axes:
+    if math.prod(shape[first:]) < LARGE or not axes:
         return PartitionSpec()
     longest = max(axes, key=lambda axis: shape[axis])
     return PartitionSpec(*(DATA if axis == longest else None for axis in range(len(shape))))

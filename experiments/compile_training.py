@@ -99,7 +99,7 @@ def compile_one(task: dict[str, Any]) -> dict[str, Any]:
     from pallas_kernels import targets
     from pallas_kernels.check.processes import ending
 
-    command = [sys.executable, "-m", "experiments.compile_training.step", json.dumps(task)]
+    command = [sys.executable, "-m", "experiments.abstract_step", json.dumps(task)]
     environment = os.environ | targets.environment(targets.find(task["target"]))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0 or not done.stdout:
