@@ -1,7 +1,7 @@
 """One training step, as the trainer makes it, compiled for devices that are not there; nothing of it is ever in memory.
 
-`python -m experiments.abstract_step <task as JSON>` is what experiments/compile_training.py starts for each of its rows: a
-compiler that ends its process ends that row alone.
+`python -m experiments.abstract_step <task as JSON>` is what experiments/compile_training.py starts for each of its
+rows: a compiler that ends its process ends that row alone.
 """
 
 import json

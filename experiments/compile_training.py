@@ -3,10 +3,10 @@
     python -m experiments.compile_training --target=v5p:2x2x2,h200
     python -m experiments.compile_training --target=v5p:2x2x4 --mixers=mamba,rwkv7 --rows=8 --length=4096
 
-For each architecture of experiments/configs/billion.py the step that the trainer makes (loss, gradients, AdamW; bfloat16,
-each layer computed again backward), of shapes alone: nothing is allocated, nothing runs. A target is one device, or a
-slice of TPUs, "v5p:2x2x2", over whose chips the parameters, the optimizer's state and the batch are spread
-(lcr/training/sharding.py). The table has for each
+For each architecture of experiments/configs/billion.py the step that the trainer makes (loss, gradients, AdamW;
+bfloat16, each layer computed again backward), of shapes alone: nothing is allocated, nothing runs. A target is one
+device, or a slice of TPUs, "v5p:2x2x2", over whose chips the parameters, the optimizer's state and the batch are
+spread (lcr/training/sharding.py). The table has for each
 
     parameters    all of the model's
     by            the implementations of the ops, as they are chosen on the target
@@ -53,12 +53,12 @@ def main() -> None:
     from experiments.configs.billion import MODELS
 
     try:
-        chosen = [targets.find(name) for name in TARGET.value]
-        for target in chosen:
-            targets.check_compilers(target)
         for name in MIXERS.value or ():
             if name not in MODELS:
                 raise ValueError(targets.nearest("mixer", name, MODELS))
+        chosen = [targets.find(name) for name in TARGET.value]
+        for target in chosen:
+            targets.check_compilers(target)
     except (ValueError, targets.MissingCompiler) as error:
         fail(str(error))
     tasks = [

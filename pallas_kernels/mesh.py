@@ -45,7 +45,7 @@ def on_each_device(run: Callable, arguments: Sequence[Any], axes: Axes) -> Any:
     `jax.shard_map`) or explicit are left alone; where no other is larger than 1, and without a mesh, it is a plain call.
     """
     if len(arguments) != len(axes.arguments):
-        raise ValueError(f"{len(arguments)} arguments: expected those of which there are axes, axes of {len(axes.arguments)}")
+        raise ValueError(f"{len(arguments)} arguments beside the axes of {len(axes.arguments)}: expected as many")
     mesh = jax.sharding.get_abstract_mesh()
     free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
     if math.prod(mesh.shape[name] for name in free) == 1:

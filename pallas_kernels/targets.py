@@ -107,7 +107,7 @@ def nearest(what: str, name: str, known: Iterable[str]) -> str:
 def find(name: str) -> Gpu | Tpu:
     """A target, or all chips of a slice of TPUs, "v5p:2x2x2".
 
-    Raises: ValueError for a name that is not a target's, naming the nearest and listing all, and for a shape that is none.
+    Raises: ValueError for a name that is not a target's, naming the nearest and listing all, and for no slice's shape.
     """
     name, colon, shape = name.partition(":")
     if name not in TARGETS:

@@ -54,7 +54,8 @@ def get_config(variant: str = "mamba") -> ConfigDict:
     config = default_config(task={"name": "text", "tokenizer": "bytes", "source": "stdlib"})
     config.name = variant
     with config.unlocked(), config.ignore_type():
-        config.model.update({"d_model": 2048, "mixers": (variant,) * layers, "mixer_options": {variant: options}, **fields})
+        mixers = {"mixers": (variant,) * layers, "mixer_options": {variant: options}}
+        config.model.update({"d_model": 2048, **mixers, **fields})
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.data.lengths = (2048,)
