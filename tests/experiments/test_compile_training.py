@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from experiments.configs.billion import MODELS, get_config
-from lcr.training.config import check_config
+from lcr.training.config import check_keys
 from pallas_kernels import targets
 
 from tests.experiments.calling import call_program
@@ -38,7 +38,7 @@ def test_the_configurations_can_be_run_and_have_the_size_that_they_say(variant):
     from lcr.training.run import make_abstract_model
 
     config = get_config(variant)
-    check_config(config)
+    check_keys(config)
     parameters = jax.tree.leaves(nnx.state(make_abstract_model(config, 256), nnx.Param))
     assert 1.2e9 < sum(leaf.size for leaf in parameters) < 1.61e9
 
