@@ -3,12 +3,12 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.selective_scan import chunked, reference
+from pallas_kernels.selective_scan import chunked, mosaic_gpu, reference
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "mosaic_gpu": mosaic_gpu}
 
 # What is taken on a platform: the first that supports the call.
-PREFERRED = {"cpu": ("chunked",), "gpu": ("chunked",), "tpu": ("chunked",)}
+PREFERRED = {"cpu": ("chunked",), "gpu": ("mosaic_gpu", "chunked"), "tpu": ("chunked",)}
 
 
 def selective_scan(
