@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import devices
+from pallas_kernels.parts import MULTIPROCESSORS
 from pallas_kernels.segments import document_starts
 from pallas_kernels.selective_scan import chunked, mosaic_gpu_parts
 from pallas_kernels.selective_scan.mosaic_gpu_backward import backward
 from pallas_kernels.selective_scan.mosaic_gpu_forward import forward
-from pallas_kernels.selective_scan.mosaic_gpu_plan import F32, LARGEST_TILE, LINES, MULTIPROCESSORS, WORDS, Plan
+from pallas_kernels.selective_scan.mosaic_gpu_plan import F32, LARGEST_TILE, LINES, WORDS, Plan
 from pallas_kernels.selective_scan.mosaic_gpu_step import step
 
 MOST = 128  # states of a channel

@@ -12,7 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.mosaic_gpu_plan import COMPILER, F32, LARGEST_TILE, LINES, MULTIPROCESSORS, Plan
+from pallas_kernels.parts import MULTIPROCESSORS
+from pallas_kernels.selective_scan.mosaic_gpu_plan import COMPILER, F32, LARGEST_TILE, LINES, Plan
 from pallas_kernels.selective_scan.mosaic_gpu_tile import Tile, fetch, scratch
 
 FILLED = 96  # blocks of 32 channels from which on one pass takes no longer than two over parts
