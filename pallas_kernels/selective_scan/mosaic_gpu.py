@@ -5,7 +5,6 @@ x, dt, B and C are read, and y and their cotangents written, where they lie and 
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +41,11 @@ def run(x, dt, A, B, C, D, initial_state, segment_ids):
     """See `api.selective_scan`; arguments are checked there. Differentiable once, in reverse."""
     batch, length, width = x.shape
     states = A.shape[1]
-    D = jnp.zeros((width,), F32) if D is None else D.astype(F32)
+    D = jnp.zeros((width,), F32) if D is None else D
     state = jnp.zeros((batch, width, states), F32) if initial_state is None else initial_state.astype(F32)
     x, dt, D = (_fill(a, -1, LINES) for a in (x, dt, D))
     B, C = (_fill_states(a) for a in (B, C))
-    A, state = (_fill_states(_fill(a, -2, LINES)) for a in (A.astype(F32), state))
+    A, state = (_fill_states(_fill(a, -2, LINES)) for a in (A, state))
     call = _one_token if length == 1 else _scan
     y, state = call(x, dt, A, B, C, D, state, segment_ids)
     return y[..., :width], state[:, :width, :states]
@@ -77,7 +76,6 @@ def _forward(x, dt, A, B, C, D, state, segment_ids, save=True):
     parts, part_tiles = mosaic_gpu_parts.cut(batch, length, width)
     plan = Plan(LINES, states, tokens, max(1, min(8, 128 // states)), 1, parts, part_tiles * (LARGEST_TILE // tokens))
     arrays = {"x": x, "dt": dt, "B": B, "C": C} | _carries(plan, segment_ids)
-    A = A * math.log2(math.e)
     if parts > 1:
         before = mosaic_gpu_parts.before_parts(plan, _without(arrays, "C"), A, state)
     else:
@@ -102,7 +100,8 @@ def _backward(residuals, cotangents):
     else:
         after = dfinal[:, None]
     dx, ddt, dA, dB, dC, dD, before = backward(plan, arrays, A, D, saved, after)
-    return dx, ddt, dA, dB.astype(B.dtype), dC.astype(C.dtype), dD, before[:, 0], _nothing(segment_ids)
+    dA, dB, dC, dD = (found.astype(a.dtype) for found, a in ((dA, A), (dB, B), (dC, C), (dD, D)))
+    return dx, ddt, dA, dB, dC, dD, before[:, 0], _nothing(segment_ids)
 
 
 _scan.defvjp(_forward, _backward)
@@ -133,7 +132,7 @@ def _one_token(x, dt, A, B, C, D, state, segment_ids):
     plan = Plan(LINES, A.shape[1], LARGEST_TILE, 1)
     valid = None if segment_ids is None else (segment_ids[:, 0] != 0).astype(F32)
     x, dt, B, C = (a[:, 0] for a in (x, dt, B, C))
-    y, state = step(plan, x, dt, A * math.log2(math.e), B, C, D, valid, state)
+    y, state = step(plan, x, dt, A, B, C, D, valid, state)
     return y[:, None], state
 
 

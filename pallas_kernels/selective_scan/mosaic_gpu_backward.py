@@ -31,7 +31,7 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """dx, ddt, dA, dB, dC, dD, and the cotangents of the states before each part [B, parts, D, N]. dA to dD are float32.
 
-    arrays: x, dt, B, C, dy, and `carries` if documents are packed. A: times log2(e). saved: the states before each tile.
+    arrays: x, dt, B, C, dy, and `carries` if documents are packed. saved: the states before each tile.
     after: the cotangents of the states after each part.
     """
     x, dt = arrays["x"], arrays["dt"]
@@ -96,8 +96,8 @@ def _block(plan, stages, tiles, inputs, others, shared):
         fetch(plan, inputs, shared, row, block, first + count - 1 - i, lax.rem(i, jnp.int32(stages)))
 
     start(jnp.int32(0))
-    A = plan.load(others["A"], block)
-    skip = plgpu.load(others["D"].at[channels], layout=plan.of_channels.reduce(0), optimized=False)
+    A = plan.load_exponents(others["A"], block)
+    skip = plgpu.load(others["D"].at[channels], layout=plan.of_channels.reduce(0), optimized=False).astype(F32)
 
     def step(tile, t, h):
         """Of a token: dt, input and B; decays, the states before it decayed, the states after it."""

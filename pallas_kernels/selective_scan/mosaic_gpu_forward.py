@@ -17,11 +17,11 @@ from pallas_kernels.selective_scan.mosaic_gpu_tile import Tile, fetch, scratch
 
 
 def forward(
-    plan: Plan, arrays: dict[str, jax.Array], A: jax.Array, D: jax.Array, initial: jax.Array | None, save: bool
+    plan: Plan, arrays: dict[str, jax.Array], A: jax.Array, D: jax.Array, initial: jax.Array, save: bool
 ) -> list[jax.Array]:
     """y, the states after each part [B, parts, D, N], and if `save` the states before each tile [B, tiles, D, N].
 
-    arrays: x, dt, B, C, and `carries` if documents are packed. A: times log2(e). initial: before each part, None: 0.
+    arrays: x, dt, B, C, and `carries` if documents are packed. initial: the states before each part, [B, parts, D, N].
     """
     batch, length, width = arrays["x"].shape
     tiles = pl.cdiv(length, plan.tokens)
@@ -37,12 +37,10 @@ def forward(
     def selective_scan_forward(*references):
         references = list(references)
         inputs = {name: references.pop(0) for name in arrays}
-        A, D = references.pop(0), references.pop(0)
-        initial_ = None if initial is None else references.pop(0)
-        y, final, *saved = references
+        A, D, initial, y, final, *saved = references
 
         def block(**shared):
-            _block(plan, stages, tiles, inputs, A, D, initial_, y, final, saved[0] if saved else None, shared)
+            _block(plan, stages, tiles, inputs, A, D, initial, y, final, saved[0] if saved else None, shared)
 
         pl.run_scoped(block, **memory, collective_axes="warpgroup")
 
@@ -55,7 +53,7 @@ def forward(
         thread_name="warpgroup",
         compiler_params=COMPILER,
     )
-    return run(*arrays.values(), A, D, *([] if initial is None else [initial]))
+    return run(*arrays.values(), A, D, initial)
 
 
 def _block(plan, stages, tiles, inputs, A, D, initial, y, final, saved, shared):
@@ -67,9 +65,9 @@ def _block(plan, stages, tiles, inputs, A, D, initial, y, final, saved, shared):
         fetch(plan, inputs, shared, row, block, first + i, lax.rem(i, jnp.int32(stages)))
 
     lax.fori_loop(0, jnp.minimum(stages, count), start, None)
-    A = plan.load(A, block)
-    h = plan.zeros() if initial is None else plan.load(initial.at[row, part], block)
-    skip = plgpu.load(D.at[channels], layout=plan.of_channels.reduce(0), optimized=False)
+    A = plan.load_exponents(A, block)
+    h = plan.load(initial.at[row, part], block)
+    skip = plgpu.load(D.at[channels], layout=plan.of_channels.reduce(0), optimized=False).astype(F32)
 
     def steps(tile, i, h):
         results = []

@@ -86,7 +86,7 @@ def _block(plan, stages, tiles, backward, inputs, A, decays, added, shared):
         fetch(plan, inputs, shared, row, block, n, lax.rem(i, jnp.int32(stages)))
 
     lax.fori_loop(0, jnp.minimum(stages, count), start, None)
-    A = plan.load(A, block)
+    A = plan.load_exponents(A, block)
 
     def step(tile, t, carry):
         h, total, carried = carry

@@ -6,6 +6,7 @@ channels are 128 blocks: one row of a batch fills a chip. With a thread for each
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -102,8 +103,13 @@ class Plan:
         return 4 * 32 * (4 if self.tokens >= 16 else 2) // self.channels
 
     def load(self, array: Any, block: Any) -> list[jax.Array]:
-        """The block's part of [D, N] in global memory."""
-        return [plgpu.load(part, layout=self.of_states, optimized=False) for part in self._cut(array, block)]
+        """The block's part of [D, N] in global memory, in float32."""
+        parts = self._cut(array, block)
+        return [plgpu.load(part, layout=self.of_states, optimized=False).astype(F32) for part in parts]
+
+    def load_exponents(self, A: Any, block: Any) -> list[jax.Array]:
+        """The block's part of A, for exponents of 2."""
+        return [a * math.log2(math.e) for a in self.load(A, block)]
 
     def store(self, array: Any, block: Any, values: list[jax.Array]) -> None:
         for part, value in zip(self._cut(array, block), values, strict=True):

@@ -20,7 +20,7 @@ def step(
     valid: jax.Array | None,
     states: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """y [B, D] and the states after the token. x, dt: [B, D]. B, C: [B, N]. A: times log2(e). valid: float32 [B], 0 for
+    """y [B, D] and the states after the token. x, dt: [B, D]. B, C: [B, N].  valid: float32 [B], 0 for
     padding; None: there is none."""
 
     def selective_scan_step(x, dt, A, B, C, D, *rest):
@@ -44,7 +44,7 @@ def step(
         before = plan.load(states.at[row], block)
         h = [
             jnp.exp2(s * a) * h + u_ * b
-            for s, a, h, u_, b in zip(steps, plan.load(A, block), before, u, B_, strict=True)
+            for s, a, h, u_, b in zip(steps, plan.load_exponents(A, block), before, u, B_, strict=True)
         ]
         plan.store(states.at[row], block, h)
         for r, value in plan.over_states([h_ * c for h_, c in zip(h, C_, strict=True)]).items():
