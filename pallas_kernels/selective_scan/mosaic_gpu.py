@@ -28,8 +28,8 @@ BACKWARD = {8: (32, 8, 8), 16: (32, 4, 4), 32: (32, 4, 2), 64: (16, 2, 1), 128: 
 def supports(x, dt, A, B, C, D, initial_state, segment_ids) -> str | None:
     """None, or what about the call is not supported."""
     device = devices.current()
-    if not device.hopper:
-        return f"by Mosaic GPU needs a Hopper GPU (H100, H200), and this is {device.kind or device.platform}"
+    if not device.copies_tiles:
+        return f"by Mosaic GPU needs a Hopper or Blackwell GPU, and this is {device.kind or device.platform}"
     if A.shape[1] > MOST:
         return f"by Mosaic GPU has up to {MOST} states of a channel, and these are {A.shape[1]}"
     if any(a is not None and a.dtype == np.float64 for a in (x, dt, A, B, C, D, initial_state)):
