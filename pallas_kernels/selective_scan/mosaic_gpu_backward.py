@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.mosaic_gpu_plan import COMPILER, F32, LINES, Plan, along_columns, matrix
+from pallas_kernels.selective_scan.mosaic_gpu_plan import COMPILER, F32, LINES, Plan, along_columns, barrier, matrix
 from pallas_kernels.selective_scan.mosaic_gpu_tile import Tile, fetch, scratch
 
 
@@ -126,13 +126,13 @@ def _block(plan, stages, tiles, inputs, others, shared):
 
     def sum_lines(t):
         """Adds the lines up, for `summed` tokens from t on."""
-        plgpu.commit_smem()
+        barrier()
         layout, total = matrix(plan.columns, 1), None
         for line in range(LINES):
             value = plgpu.load(shared["lines"].at[:, line], layout=layout, optimized=False)
             total = value if total is None else total + value
         shared["sums"][pl.ds(t * per_token, plan.summed * per_token), :] = total
-        plgpu.commit_smem()
+        barrier()
 
     def go_back(tile, i, carry):
         g, dA = carry
@@ -185,13 +185,13 @@ def _block(plan, stages, tiles, inputs, others, shared):
         h = plan.load(others["saved"].at[row, n], block)
         plgpu.barrier_wait(shared["here"].at[slot])
         tile.prepare()
-        plgpu.commit_smem()
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the other slot's results are out: the next tile may come
+        # A barrier too; and the other slot's results are out, so that the next tile may come.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         pl.when(i + 1 < count)(lambda: start(i + 1))
         h = lax.fori_loop(0, groups - 1, lambda group, h: go_on(tile, group, h), h)
         keep(groups - 1, h)
         g, dA = lax.fori_loop(0, groups, lambda i, carry: go_back(tile, i, carry), (g, dA))
-        plgpu.commit_smem()
+        barrier()
         dD = finish(tile, dD)
         plgpu.commit_smem()
         tokens = pl.ds(n * plan.tokens, plan.tokens)

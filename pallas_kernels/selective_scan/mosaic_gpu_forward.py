@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.mosaic_gpu_plan import COMPILER, F32, Plan, along_columns
+from pallas_kernels.selective_scan.mosaic_gpu_plan import COMPILER, F32, Plan, along_columns, barrier
 from pallas_kernels.selective_scan.mosaic_gpu_tile import Tile, fetch, scratch
 
 
@@ -89,10 +89,9 @@ def _block(plan, stages, tiles, inputs, A, D, initial, y, final, saved, shared):
         if saved is not None:
             plan.store(saved.at[row, n], block, h)
         tile.prepare()
-        plgpu.commit_smem()
+        barrier()
         h = lax.fori_loop(0, plan.tokens // plan.together, lambda i, h: steps(tile, i, h), h)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.commit_smem()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and a barrier
         for at in tile.stretches():
             out = plgpu.load(tile.input.at[*at], layout=plan.of_channels)
             out = out + along_columns(skip, plan.stretch, plan.of_channels) * tile.read("x", at)

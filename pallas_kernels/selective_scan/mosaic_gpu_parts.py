@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.parts import MULTIPROCESSORS
-from pallas_kernels.selective_scan.mosaic_gpu_plan import COMPILER, F32, LARGEST_TILE, LINES, Plan
+from pallas_kernels.selective_scan.mosaic_gpu_plan import COMPILER, F32, LARGEST_TILE, LINES, Plan, barrier
 from pallas_kernels.selective_scan.mosaic_gpu_tile import Tile, fetch, scratch
 
 FILLED = 96  # blocks of 32 channels from which on one pass takes no longer than two over parts
@@ -111,7 +111,7 @@ def _block(plan, stages, tiles, backward, inputs, A, decays, added, shared):
         tile = Tile(plan, shared, slot)
         plgpu.barrier_wait(shared["here"].at[slot])
         tile.prepare()
-        plgpu.commit_smem()
+        barrier()
         carry = lax.fori_loop(0, groups, lambda i, carry: steps(tile, i, carry), carry)
         plgpu.commit_smem()
         pl.when(i + stages < count)(lambda: start(i + stages))

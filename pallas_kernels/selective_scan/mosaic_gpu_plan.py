@@ -13,18 +13,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import devices
 
 F32 = jnp.float32
 LINES = 32  # channels of one matrix of states
 LARGEST_TILE = 32  # tokens; every tile's are a power of 2
 WORDS = 32  # of 4 bytes, at least, in what is copied to shared memory: 1 for each thread
 
-# Barriers are where the kernels say `commit_smem`; the automatic ones, two around each store, would cost more than the
-# recurrence. Between barriers a thread reads only what it wrote itself, or (a row of channels) a thread of its warp.
+# Barriers are where the kernels say `barrier` (or wait for copies, or `commit_smem` before them); the automatic ones, two
+# around each store, would cost more than the recurrence. Between barriers a thread reads only what it wrote itself.
 COMPILER = plgpu.CompilerParams(
     approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
 )
+
+
+def barrier() -> None:
+    """All threads have come here, and see what the others wrote to shared memory. (`commit_smem` would wait for more.)"""
+    if not devices.current().interpreted:  # a simulated warpgroup is one thread
+        plgpu.inline_mgpu()(lambda context: mgpu.warpgroup_barrier())()
 
 
 def matrix(columns: int, vector: int) -> Any:
