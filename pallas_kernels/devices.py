@@ -19,7 +19,7 @@ class Device:
 
     @property
     def copies_tiles(self) -> bool:
-        """Whether a GPU has the unit that copies tiles to and from shared memory (TMA): Hopper, and Blackwell's B200."""
+        """Whether it is a GPU with the unit that copies tiles to shared memory (TMA): Hopper, and Blackwell's B200."""
         return self.hopper or (self.platform == "gpu" and any(name in self.kind for name in ("B100", "B200", "B300")))
 
     @property

@@ -31,7 +31,7 @@ def selective_scan(
     x:  inputs. dt: step sizes >= 0, after softplus. A: < 0, so that every decay lies in (0, 1].
     B, C: input and output weights of each token, shared by all channels. D: skip weights (None: no skip).
     initial_state: h before the first token (None: zero). segment_ids: see `pallas_kernels.segments`.
-    implementation: "chunked" (default) or "reference".
+    implementation: "chunked", "reference" or "mosaic_gpu" (default on the GPUs that it supports).
 
     Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y in
     x's dtype, final_state in the dtype of the computation. Differentiable in every float argument. Memory: one

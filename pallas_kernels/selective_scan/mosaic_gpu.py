@@ -1,10 +1,9 @@
-"""The selective scan in Pallas kernels for Hopper GPUs (H100, H200), by Mosaic GPU.
+"""The selective scan in Pallas kernels for Hopper GPUs (H100, H200) and Blackwell's B200, by Mosaic GPU.
 
 Here: which calls they take, how arguments are filled up, and how work is cut; the kernels are in the modules beside it.
-x, dt, B and C are read, and y and their cotangents written, where they lie and in the dtypes that they have.
+x, dt, B and C are read, and y and their cotangents written, where they lie and in the dtypes that they have. Copied are
+only widths that are no multiple of 32, and states that are no power of 2.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,8 @@ from pallas_kernels.selective_scan.mosaic_gpu_plan import F32, LARGEST_TILE, LIN
 from pallas_kernels.selective_scan.mosaic_gpu_step import step
 
 MOST = 128  # states of a channel
-# Backward, by the states of a channel: tokens of a tile, those together, those whose sums are made together. What bounds
-# them are registers (states and decays of those together) and shared memory (kept states, and lines of sums).
+# Backward, by the states of a channel: tokens of a tile, those together, those whose sums are made together. What they
+# are bound by are registers (states and decays of those together) and shared memory (kept states, lines of sums).
 BACKWARD = {8: (32, 8, 8), 16: (32, 4, 4), 32: (32, 4, 2), 64: (16, 2, 1), 128: (8, 1, 1)}
 
 
@@ -89,6 +88,7 @@ def _backward(residuals, cotangents):
     dy, dfinal = cotangents
     batch, length, width = x.shape
     states = A.shape[1]
+    # Twice the channels for each sum over them, where that leaves no multiprocessor without a block.
     wide = width % (2 * LINES) == 0 and states <= 16 and batch * width >= 2 * LINES * MULTIPROCESSORS
     tokens, together, summed = BACKWARD[states]
     parts, part_tiles = mosaic_gpu_parts.cut(batch, length, width)

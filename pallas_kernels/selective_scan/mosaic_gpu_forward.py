@@ -1,9 +1,9 @@
 """The forward kernel: every channel's tokens one after the other, with the states in registers.
 
 A token takes N exponentials of a channel, and the unit for them does 16 a cycle: a cycle for each channel and token at
-N = 16. Beside it stand about as many cycles of other instructions (36 of a warp for 8 channels), and 8 bytes (x and y in
-16 bits, dt in 32), which an H100 moves in half a cycle: the exponentials bound it, not the memory. Nothing was measured:
-no GPU was to be had.
+N = 16. Beside it stand as many cycles of other instructions (35 of a warp for 8 channels, as compiled), and 8 bytes (x
+and y in 16 bits, dt in 32), which an H100 moves in half a cycle: the exponentials bound it, not the memory. These are
+counts: nothing was measured, no GPU was to be had.
 """
 
 import jax

@@ -16,7 +16,7 @@ from pallas_kernels.parts import MULTIPROCESSORS
 from pallas_kernels.selective_scan.mosaic_gpu_plan import COMPILER, F32, LARGEST_TILE, LINES, Plan, barrier
 from pallas_kernels.selective_scan.mosaic_gpu_tile import Tile, fetch, scratch
 
-FILLED = 96  # blocks of 32 channels from which on one pass takes no longer than two over parts
+FILLED = 96  # blocks of 32 channels from which on one pass takes no longer than two over parts, going by instructions
 BLOCKS = 4 * MULTIPROCESSORS  # that parts are made for: all are at work at once
 LEAST = 8  # of the largest tiles, in a part
 

@@ -2,7 +2,7 @@
 
 A block is one warpgroup and has 32 or 64 channels. Its states are a list of matrices [32 channels, 8 or 16 states]:
 8 channels for each warp, 4 threads for each channel. A sum over states is then two exchanges between threads, and 4,096
-channels are 128 blocks: one row of a batch fills a chip. With a thread for each channel it would fill a quarter of it.
+channels are 128 blocks: one row of a batch fills a chip. With a thread for each channel it would fill a quarter of one.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ LINES = 32  # channels of one matrix of states
 LARGEST_TILE = 32  # tokens; every tile's are a power of 2
 WORDS = 32  # of 4 bytes, at least, in what is copied to shared memory: 1 for each thread
 
-# Barriers are where the kernels say `barrier` (or wait for copies, or `commit_smem` before them); the automatic ones, two
-# around each store, would cost more than the recurrence. Between barriers a thread reads only what it wrote itself.
+# Barriers are where the kernels say `barrier`, wait for copies, or say `commit_smem` before them; automatic ones, two
+# for each store, would cost more than the recurrence. Between barriers a thread reads only what it wrote itself.
 COMPILER = plgpu.CompilerParams(
     approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
 )
 
 
 def barrier() -> None:
-    """All threads have come here, and see what the others wrote to shared memory. (`commit_smem` would wait for more.)"""
+    """All threads have come here, and see what the others wrote to shared memory. (`commit_smem` waits for more.)"""
     if not devices.current().interpreted:  # a simulated warpgroup is one thread
         plgpu.inline_mgpu()(lambda context: mgpu.warpgroup_barrier())()
 
@@ -58,7 +58,7 @@ def along_columns(x: jax.Array, lines: int, layout: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """channels: of a block. states: N, a power of 2 from 8 to 128. tokens: of a tile, which is what is copied at a time.
+    """channels: of a block. states: N, a power of 2 from 8 to 128. tokens: of a tile, what is copied at a time.
 
     together: tokens whose steps are one stretch of code; backward, their states are recomputed in registers.
     summed: backward, tokens whose sums over channels are made together.

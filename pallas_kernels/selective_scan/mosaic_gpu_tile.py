@@ -18,7 +18,7 @@ def scratch(plan: Plan, stages: int, arrays: dict[str, jax.Array]) -> dict[str, 
     which they come, and float32 for what a tile's steps read."""
     found = {}
     for name, array in arrays.items():
-        columns = {"dt": plan.channels, "x": plan.channels, "dy": plan.channels}.get(name, plan.states)
+        columns = plan.channels if name in BY_CHANNEL else plan.states
         shape = (max(plan.tokens, WORDS),) if name == "carries" else (plan.tokens, columns)
         found[name] = plgpu.SMEM((stages, *shape), array.dtype)
     for name in BY_STATE:
@@ -51,9 +51,7 @@ class Tile:
     def __init__(self, plan: Plan, shared: dict[str, Any], slot: Any):
         self.plan = plan
         self.input = shared["input"]
-        self.arrays = {
-            name: shared[name].at[slot] for name in (*BY_CHANNEL, *BY_STATE, "carries") if name in shared
-        }
+        self.arrays = {name: shared[name].at[slot] for name in (*BY_CHANNEL, *BY_STATE, "carries") if name in shared}
         self.floats = {name: shared[f"{name}_float"] for name in BY_STATE if name in shared}
 
     @property
@@ -67,7 +65,9 @@ class Tile:
     def read(self, name: str, at: tuple[Any, Any]) -> jax.Array:
         """A stretch of an array, in float32; of padding 0."""
         values = plgpu.load(self.arrays[name].at[*at], layout=self.plan.of_channels).astype(F32)
-        return jnp.where(self.valid(at[0], values.shape[1], self.plan.of_channels), values, 0.0) if self.packed else values
+        if not self.packed:
+            return values
+        return jnp.where(self.valid(at[0], self.plan.channels, self.plan.of_channels), values, 0.0)
 
     def write(self, name: str, at: tuple[Any, Any], values: jax.Array) -> None:
         self.arrays[name][*at] = values.astype(self.arrays[name].dtype)

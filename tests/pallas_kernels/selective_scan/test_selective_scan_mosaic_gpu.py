@@ -1,4 +1,4 @@
-"""The Hopper kernels on a simulated GPU, where every read takes milliseconds: few tokens, and most cases in tiles of 8."""
+"""The Hopper kernels on a simulated GPU, where every read takes milliseconds: few tokens, mostly in tiles of 8."""
 
 import dataclasses
 
