@@ -18,6 +18,11 @@ class Device:
     interpreted: bool = False
 
     @property
+    def copies_tiles(self) -> bool:
+        """Whether it is a GPU with the unit that copies tiles to shared memory (TMA): Hopper, and Blackwell's B200."""
+        return self.hopper or (self.platform == "gpu" and any(name in self.kind for name in ("B100", "B200", "B300")))
+
+    @property
     def hopper(self) -> bool:
         """Whether kernels for Hopper run here (its matrix instructions are not those of the generations beside it)."""
         names = ("H100", "H200", "H800", "H20", "GH200")
