@@ -3,9 +3,9 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.selective_scan import chunked, reference
+from pallas_kernels.selective_scan import chunked, mosaic_tpu, reference
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "mosaic_tpu": mosaic_tpu}
 
 # What is taken on a platform: the first that supports the call.
 PREFERRED = {"cpu": ("chunked",), "gpu": ("chunked",), "tpu": ("chunked",)}
