@@ -74,7 +74,8 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
             None if marks is None else pltpu.VMEM((1, CHUNK, LANES), jnp.float32),
             *(pltpu.VMEM(buffer(layout, CHUNK), jnp.float32) for _ in range(5)),
             pltpu.VMEM((some_states, CHUNK, layout.wide, LINES, LANES), jnp.float32),
-            *(pltpu.VMEM((CHUNK, LINES, LANES), jnp.float32) for _ in range(3)),
+            *(pltpu.VMEM((CHUNK, LINES, LANES), jnp.float32) for _ in range(2)),
+            pltpu.VMEM((some_states // layout.together, CHUNK, LINES, LANES), jnp.float32),
             pltpu.VMEM((some_states, layout.wide, LINES, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -126,17 +127,25 @@ def _kernel(
 
             unrolled(LINES * layout.wide, turn, 0)
 
-        def sum_into(total, t, values, first):
-            """Adds the values `[together, wide, 8, 128]` up over their lanes, each into the lane of its state."""
+        def sum_up(group, t, values):
+            """The values `[together, wide, 8, 128]` added up over their lanes, from the lane of their state on."""
             added = values.sum(1).sum(-1, keepdims=True)
-            out = added[0] if first == 0 else jnp.where(lane - first_state >= first, added[0], sums[t])
+            out = jnp.broadcast_to(added[0], (LINES, LANES))
             for q in range(1, layout.together):
-                out = jnp.where(lane - first_state >= first + q, added[q], out)
-            if first + layout.together < here:
-                sums[t] = jnp.broadcast_to(out, (LINES, LANES))
-            else:
-                mine = (lane >= first_state) & (lane < first_state + here)
-                total[t] += jnp.where(mine, out, 0)
+                out = jnp.where(lane >= first_state + group * layout.together + q, added[q], out)
+            sums[group, t] = out
+
+        def gather(total):
+            """Adds up what `sum_up` has left for each token, each in the lane of its state."""
+
+            def add(t, _):
+                out = sums[0, t]
+                for group in range(1, here // layout.together):
+                    out = jnp.where(lane >= first_state + group * layout.together, sums[group, t], out)
+                total[t] += jnp.where((lane >= first_state) & (lane < first_state + here), out, 0)
+                return 0
+
+            jax.lax.fori_loop(0, count, lambda i, _: unrolled(TOKENS, lambda t, _: add(i * TOKENS + t, 0), 0), 0)
 
         def ahead(i, _):
             for first in range(0, here, layout.together):
@@ -148,7 +157,7 @@ def _kernel(
                     u = jnp.exp2(steps[at][None] * rate) * h
                     decayed[local, now] = u
                     h = u + inputs[at][None] * weight(b, states, now)
-                    sum_into(of_C, now, h * cotangents[at][None], first)
+                    sum_up(first // layout.together, now, h * cotangents[at][None])
                     return h
 
                 state[local] = unrolled(TOKENS, visit, state[local])
@@ -166,7 +175,7 @@ def _kernel(
                     at, now = token(i * (TOKENS // LINES), t), i * TOKENS + t
                     step = steps[at][None]
                     g = later + weight(c, states, now) * cotangents[at][None]
-                    sum_into(of_B, now, g * inputs[at][None], first)
+                    sum_up(first // layout.together, now, g * inputs[at][None])
                     of_decay = g * decayed[local, now]
                     of_input, of_step = (g * weight(b, states, now)).sum(0), (of_decay * rate).sum(0)
                     if first > 0:
@@ -199,7 +208,9 @@ def _kernel(
         state[...] = saved[pl.ds(first_state, here), tiles]
         bring(0)
         jax.lax.fori_loop(0, count, ahead, 0)
+        gather(of_C)
         jax.lax.fori_loop(0, count, back, 0)
+        gather(of_B)
 
         @pl.when(group_of_states == layout.state_groups - 1)
         def _():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.selective_scan.mosaic_tpu_tiles import LANES, LINES, VMEM_LIMIT
+from pallas_kernels.selective_scan.mosaic_tpu_tiles import LANES, LINES, TOGETHER, VMEM_LIMIT
 
 ELEMENTS = 2**18  # of the states in a block: a MiB
 
@@ -53,15 +53,30 @@ def step(x, dt, rates, B, C, D, state, valid):
 
 
 def _kernel(x, dt, rates, B, C, D, valid, state, y, after):
-    inputs, steps = x[...].astype(jnp.float32), dt[...].astype(jnp.float32)
-    if valid is not None:
-        inputs, steps = (jnp.where(valid[...] != 0, a, 0) for a in (inputs, steps))
-    skipped, weighed = inputs * D[...], inputs * steps
+    rows, states, part = state.shape
     b, c = B[...].T, C[...].T
-    outs = []
-    for row in range(state.shape[0]):
-        line = slice(row, row + 1)
-        h = jnp.exp2(steps[line] * rates[...]) * state[row] + weighed[line] * b[:, line]
-        after[row] = h
-        outs.append((h * c[:, line]).sum(0, keepdims=True))
-    y[...] = (jnp.concatenate(outs, axis=0) + skipped).astype(y.dtype)
+    lanes = max(LANES, TOGETHER * LANES * LINES // max(states, LINES))  # registers of a row's states that are taken together
+
+    def columns(at, lanes):
+        here = pl.ds(at, lanes)
+        inputs, steps = x[:, here].astype(jnp.float32), dt[:, here].astype(jnp.float32)
+        if valid is not None:
+            inputs, steps = (jnp.where(valid[...] != 0, a, 0) for a in (inputs, steps))
+        skipped, weighed, rate = inputs * D[:, here], inputs * steps, rates[:, here]
+        outs = []
+        for row in range(rows):
+            line = slice(row, row + 1)
+            h = jnp.exp2(steps[line] * rate) * state[row, :, here] + weighed[line] * b[:, line]
+            after[row, :, here] = h
+            outs.append((h * c[:, line]).sum(0, keepdims=True))
+        y[:, here] = (jnp.concatenate(outs, axis=0) + skipped).astype(y.dtype)
+
+    whole = part // lanes
+
+    def some(i, _):
+        columns(pl.multiple_of(i * lanes, LANES), lanes)
+        return 0
+
+    jax.lax.fori_loop(0, whole, some, 0)
+    if part % lanes:
+        columns(whole * lanes, part % lanes)

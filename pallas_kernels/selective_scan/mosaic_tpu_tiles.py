@@ -26,6 +26,7 @@ TOKENS = 16  # taken together: the lines of a register of bfloat16
 CHUNK = 128  # tokens between two saved states
 TOGETHER = 4  # registers of states that are carried over tokens: with more, the compiler runs out of registers
 STATES = 16  # in the body of a loop
+WIDEST = 4096  # channels of a step of the grid, with few states
 VMEM_LIMIT = 48 * 2**20  # bytes; the smallest fast memory among the generations aimed at holds 64 MiB
 PADDING, REAL, START = 0.0, 1.0, 2.0  # marks
 # A step that decays everything: times any decay rate, which is kept above the least, it is below the exponents of float32
@@ -75,10 +76,10 @@ class Layout:
 
 def layout(length: int, width: int, states: int, batch: int, marked: bool) -> Layout:
     """The widest parts that fit, so that B and C are spread seldom; two at least for the two cores of some chips."""
-    most = 4096 if states <= 16 else 2048 if states <= 64 else 1024
+    most = WIDEST if states <= 16 else WIDEST // 2 if states <= 64 else WIDEST // 4
     two_cores = devices.current().kind in ("TPU v4", "TPU v5", "TPU v5p") and batch == 1
     parts = max(pl.cdiv(width, most), 2 if two_cores and width > TILE else 1)
-    unit = 2 * TILE if width > TILE else TILE
+    unit = TILE if min(width, most) <= TILE else 2 * TILE
     part = unit * pl.cdiv(pl.cdiv(width, parts), unit)
     return Layout(length, width, states, part, marked or length % TOKENS != 0)
 
