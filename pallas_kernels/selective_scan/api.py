@@ -8,7 +8,7 @@ from pallas_kernels.selective_scan import chunked, mosaic_tpu, reference
 IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "mosaic_tpu": mosaic_tpu}
 
 # What is taken on a platform: the first that supports the call.
-PREFERRED = {"cpu": ("chunked",), "gpu": ("chunked",), "tpu": ("chunked",)}
+PREFERRED = {"cpu": ("chunked",), "gpu": ("chunked",), "tpu": ("mosaic_tpu", "chunked")}
 
 
 def selective_scan(
@@ -31,7 +31,7 @@ def selective_scan(
     x:  inputs. dt: step sizes >= 0, after softplus. A: < 0, so that every decay lies in (0, 1].
     B, C: input and output weights of each token, shared by all channels. D: skip weights (None: no skip).
     initial_state: h before the first token (None: zero). segment_ids: see `pallas_kernels.segments`.
-    implementation: "chunked" (default) or "reference".
+    implementation: "chunked", "reference" or "mosaic_tpu" (None: the best one on this device that supports the call).
 
     Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y in
     x's dtype, final_state in the dtype of the computation. Differentiable in every float argument. Memory: one

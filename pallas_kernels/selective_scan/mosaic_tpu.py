@@ -62,8 +62,8 @@ def run(
         y, state = _step(x[:, 0], dt[:, 0], A.T, B[:, 0], C[:, 0], D[None], initial_state.swapaxes(1, 2), valid)
         return y[:, None], state.swapaxes(1, 2)
 
-    filled = states if states <= TOGETHER else _up(states, TOGETHER if states <= STATES else STATES)
-    plan = layout(length, width, filled, batch, marked=valid is not None)
+    filled = states if states <= 2 else _up(states, TOGETHER if states <= STATES else STATES)
+    plan = layout(length, width, filled, batch, x.dtype.itemsize, marked=valid is not None)
     by_channel = functools.partial(_by_channel, plan)
     marks = None
     if plan.marked:

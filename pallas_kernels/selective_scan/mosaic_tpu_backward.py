@@ -6,7 +6,7 @@ With g_t the gradient of the state after token t, and u_t = exp(dt_t A) h_{t-1}:
     dx_t = dt_t sum_n (g_t B_t) + D dy_t           dA    = sum_t g_t u_t dt_t
     dB_t = sum_d g_t dt_t x_t                      dC_t  = sum_d h_t dy_t
 
-For 1,024 channels and 16 states at a time a chunk is gone through forward, which gives u of all its tokens and dC, and
+For 2,048 channels and 16 states at a time a chunk is gone through forward, which gives u of all its tokens and dC, and
 then backward. Sums over the lanes go to the lane of their state, over the lines of a register at the end of the chunk.
 """
 
@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
-    CHUNK, LANES, LINES, STATES, TILE, TOKENS, VMEM_LIMIT, Layout, Rows, buffer, put_rows, spread, take_rows, token, unrolled,
-    weight,
+    CHUNK, LANES, LINES, STATES, TILE, TOKENS, VMEM_LIMIT, Layout, Rows, buffer, put_rows, spread, take_rows, token,
+    unrolled, weight,
 )  # fmt: skip
 
 
@@ -145,7 +145,10 @@ def _kernel(
                 total[t] += jnp.where((lane >= first_state) & (lane < first_state + here), out, 0)
                 return 0
 
-            jax.lax.fori_loop(0, count, lambda i, _: unrolled(TOKENS, lambda t, _: add(i * TOKENS + t, 0), 0), 0)
+            def some(i, _):
+                return unrolled(TOKENS, lambda t, _: add(i * TOKENS + t, 0), 0)
+
+            jax.lax.fori_loop(0, count, some, 0)
 
         def ahead(i, _):
             for first in range(0, here, layout.together):

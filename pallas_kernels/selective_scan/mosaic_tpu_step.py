@@ -55,7 +55,7 @@ def step(x, dt, rates, B, C, D, state, valid):
 def _kernel(x, dt, rates, B, C, D, valid, state, y, after):
     rows, states, part = state.shape
     b, c = B[...].T, C[...].T
-    lanes = max(LANES, TOGETHER * LANES * LINES // max(states, LINES))  # registers of a row's states that are taken together
+    lanes = max(LANES, TOGETHER * LANES * LINES // max(states, LINES))  # a few registers of each row
 
     def columns(at, lanes):
         here = pl.ds(at, lanes)

@@ -74,9 +74,12 @@ class Layout:
         return jnp.minimum(CHUNK // TOKENS, pl.cdiv(self.length - chunk * CHUNK, TOKENS))
 
 
-def layout(length: int, width: int, states: int, batch: int, marked: bool) -> Layout:
-    """The widest parts that fit, so that B and C are spread seldom; two at least for the two cores of some chips."""
-    most = WIDEST if states <= 16 else WIDEST // 2 if states <= 64 else WIDEST // 4
+def layout(length: int, width: int, states: int, batch: int, itemsize: int, marked: bool) -> Layout:
+    """The widest parts that fit, so that B and C are spread seldom; two at least for the two cores of some chips.
+
+    itemsize: bytes of an element of x.
+    """
+    most = WIDEST // 4 if states > 64 else WIDEST // 2 if states > 16 or itemsize > 2 else WIDEST
     two_cores = devices.current().kind in ("TPU v4", "TPU v5", "TPU v5p") and batch == 1
     parts = max(pl.cdiv(width, most), 2 if two_cores and width > TILE else 1)
     unit = TILE if min(width, most) <= TILE else 2 * TILE
@@ -85,7 +88,7 @@ def layout(length: int, width: int, states: int, batch: int, marked: bool) -> La
 
 
 def unrolled(count: int, body, carry):
-    """carry = body(i, carry) for i = 0 .. count - 1, without a loop, but where a simulator would take long to compile it."""
+    """carry = body(i, carry) for i = 0 .. count - 1, without a loop, which a simulator would take long to compile."""
     if devices.current().interpreted:
         return jax.lax.fori_loop(0, count, body, carry)
     for i in range(count):
@@ -110,17 +113,17 @@ class Rows:
         self.layout, self.row, self.at = layout, row, at
         self.mark = None if marks is None else marks[pl.ds(row, TOKENS), :]
 
-    def lanes(self, k: int):
+    def lanes(self, k):
         return pl.ds(pl.multiple_of(self.at + LANES * k, LANES), LANES)
 
-    def read(self, block, k: int):
+    def read(self, block, k):
         """float32 `[TOKENS, 128]`, as it lies there."""
         return block[pl.ds(self.row, TOKENS), self.lanes(k)].astype(jnp.float32)
 
-    def write(self, block, k: int, value):
+    def write(self, block, k, value):
         block[pl.ds(self.row, TOKENS), self.lanes(k)] = value.astype(block.dtype)
 
-    def real(self, value, k: int):
+    def real(self, value, k):
         """0 for padding, and for channels that do not exist."""
         if self.mark is not None:
             value = jnp.where(self.mark > PADDING, value, 0)
@@ -130,7 +133,7 @@ class Rows:
             value = jnp.where(channel < self.layout.width, value, 0)
         return value
 
-    def step(self, dt, k: int):
+    def step(self, dt, k):
         """The step size whose decay is that of the token."""
         step = self.real(dt, k)
         return step if self.mark is None else jnp.where(self.mark == START, FOREVER, step)
@@ -144,18 +147,18 @@ def buffer(layout: Layout, tokens: int) -> tuple[int, ...]:
     return layout.wide, tokens // LINES, LINES * LINES, LANES
 
 
-def put_rows(buffer, group, k: int, value):
+def put_rows(buffer, group, k, value):
     """value `[TOKENS, 128]`: the k-th channels of the tokens of the groups from `group` on."""
     for i in range(TOKENS // LINES):
         buffer[k // LINES, group + i, pl.ds(k % LINES, LINES, stride=LINES), :] = value[LINES * i : LINES * (i + 1)]
 
 
-def take_rows(buffer, group, k: int):
+def take_rows(buffer, group, k):
     lines = pl.ds(k % LINES, LINES, stride=LINES)
     return jnp.concatenate([buffer[k // LINES, group + i, lines, :] for i in range(TOKENS // LINES)], axis=0)
 
 
-def token(group, t: int):
+def token(group, t):
     """The index of the t-th of the tokens from a group on: of `[wide, 8, 128]`."""
     return slice(None), group + t // LINES, pl.ds(t % LINES * LINES, LINES), slice(None)
 
