@@ -4,12 +4,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
 from pallas_kernels.mesh import Axes
-from pallas_kernels.selective_scan import chunked, mosaic_gpu, reference
+from pallas_kernels.selective_scan import chunked, mosaic_gpu, mosaic_tpu, reference
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "mosaic_gpu": mosaic_gpu}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 
 # What is taken on a platform: the first that supports the call.
-PREFERRED = {"cpu": ("chunked",), "gpu": ("mosaic_gpu", "chunked"), "tpu": ("chunked",)}
+PREFERRED = {"cpu": ("chunked",), "gpu": ("mosaic_gpu", "chunked"), "tpu": ("mosaic_tpu", "chunked")}
 
 # Of x, dt, A, B, C, D, initial_state and segment_ids; and of the results
 AXES = Axes("BTD", "BTD", "DN", "BTN", "BTN", "D", "BDN", "BT", results=("BTD", "BDN"))
@@ -35,7 +35,8 @@ def selective_scan(
     x:  inputs. dt: step sizes >= 0, after softplus. A: < 0, so that every decay lies in (0, 1].
     B, C: input and output weights of each token, shared by all channels. D: skip weights (None: no skip).
     initial_state: h before the first token (None: zero). segment_ids: see `pallas_kernels.segments`.
-    implementation: "chunked", "reference" or "mosaic_gpu" (default on the GPUs that it supports).
+    implementation: "chunked", "reference", "mosaic_gpu", "mosaic_tpu", or None: the best one on this device that
+        supports the call.
 
     Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y in
     x's dtype, final_state in the dtype of the computation. Differentiable in every float argument. Memory: one

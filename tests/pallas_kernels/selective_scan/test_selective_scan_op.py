@@ -14,7 +14,7 @@ from pallas_kernels.tolerances import assert_close
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "selective_scan.npz"
 
 
-@pytest.fixture(params=["chunked", "reference"])
+@pytest.fixture(params=["chunked", "reference"])  # those that run on a CPU
 def implementation(request):
     return request.param
 
@@ -179,7 +179,7 @@ def test_dtypes(implementation):
         ({"A": jnp.zeros((7, 5))}, r"A: shape \(7, 5\); expected \(6, 5\)"),
         ({"C": jnp.zeros((2, 63, 4))}, "C: shape"),
         ({"initial_state": jnp.zeros((2, 5, 6))}, "initial_state: shape"),
-        ({"implementation": "chunk"}, "implementation='chunk': selective_scan has chunked, mosaic_gpu, reference. Did you mean"),
+        ({"implementation": "chunk"}, "implementation='chunk': selective_scan has chunked, mosaic_gpu, mosaic_tpu, reference. Did"),
         ({"x": jnp.zeros((2, 0, 6)), "dt": jnp.zeros((2, 0, 6)), "B": jnp.zeros((2, 0, 5)),
           "C": jnp.zeros((2, 0, 5))}, "with nothing empty"),
     ],
