@@ -24,14 +24,19 @@ from pallas_kernels.attention.mosaic_tpu_stream import plans
 from pallas_kernels.attention.options import Options
 
 # Rows and keys of a tile, forward and backward: the largest of those tried that compilers schedule without spilling
-# registers. Larger ones spill, and take fewer cycles all the same: see WORKSPACE.md. Of a v6e's: half of the rows.
+# registers. Larger ones spill, and take fewer cycles all the same: see WORKSPACE.md. Of a v6e's: half of the rows,
+# except where the forward goes in stages, of half a tile each.
 FORWARD = (512, 512)
+IN_STAGES = (1024, 512)
+IN_STAGES_BY_DOCUMENT = (1024, 256)
 BACKWARD = (512, 512)
 # At most these where a score takes more registers: a soft cap, keys wider than the lanes.
 HEAVY_FORWARD = (256, 256)
 HEAVY_BACKWARD = (128, 256)
 # At most this for float32 products, and for keys wider than twice the lanes.
 HEAVIEST = (128, 128)
+
+LEAST_IN_STAGES = 256  # rows: with no more, filling and draining the stages takes as long as it spares
 
 FAR = 2**30  # a position that no query reaches
 
@@ -96,7 +101,9 @@ def _forward(options, q, k, v, slopes, index):
     grid, rules = _grid(q, k, options, backward=False), _rules(q, k, v, options)
     cut = grid.cut_index(index)
     order = jax.vmap(functools.partial(tiles.schedule, band=rules.band, by_query=True))(cut)
-    out, sums = forward(rules, plans(order), *_blocks(grid, q, k, v, slopes, cut, options))
+    rows = grid.tokens * grid.group
+    in_stages = _goes_in_stages(q, options) and rows > LEAST_IN_STAGES
+    out, sums = forward(rules, plans(order), *_blocks(grid, q, k, v, slopes, cut, options), in_stages)
     logsumexp = grid.join_queries(sums.swapaxes(3, 4))[..., 0] / LOG2_E
     o = grid.join_queries(out)
     return (o, logsumexp), (q, k, v, slopes, index, o, logsumexp)
@@ -146,15 +153,31 @@ def _grid(q, k, options, backward):
     most, limit = (BACKWARD, HEAVY_BACKWARD) if backward else (FORWARD, HEAVY_FORWARD)
     if q.dtype == jnp.float32 or q.shape[3] > 2 * LANES:
         limit = HEAVIEST
-    elif options.soft_cap is None and q.shape[3] <= LANES:
+    elif _is_light(q, options):
         limit = most
     most = min(most[0], limit[0]), min(most[1], limit[1])
-    if "v6" in devices.current().kind:
+    if not backward and _goes_in_stages(q, options):
+        most = IN_STAGES if options.plain and options.causal else IN_STAGES_BY_DOCUMENT
+    elif _is_v6e():
         most = max(most[0] // 2, LANES), most[1]
     return Grid(
         q.shape[1], k.shape[1], kv_heads=k.shape[2], group=q.shape[2] // k.shape[2], window=options.window,
         block_size=options.block_size, most=most,
     )  # fmt: skip
+
+
+def _is_v6e() -> bool:
+    return "v6" in devices.current().kind
+
+
+def _is_light(q, options) -> bool:
+    """Whether a score takes few registers."""
+    return q.dtype == jnp.bfloat16 and options.soft_cap is None and q.shape[3] <= LANES
+
+
+def _goes_in_stages(q, options) -> bool:
+    """A v6e's matrix units are fast enough to wait for the softmax, else."""
+    return _is_v6e() and _is_light(q, options)
 
 
 def _rules(q, k, v, options):
