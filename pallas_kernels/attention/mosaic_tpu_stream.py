@@ -39,7 +39,7 @@ def plans(order: Order) -> Int[Array, "B outer 1 width"]:
 
 
 class Stream(NamedTuple):
-    """sources: arrays in main memory, `[tiles, ...]` each. buffers: `[slots, ...]` each. arrivals: a semaphore
+    """sources: arrays in main memory, `[tiles, ...]` each, or `[lines, tiles x lanes]`. buffers: `[slots, ...]` each. arrivals: a semaphore
     for each buffer, `[slots, sources]`. slot: which of them the next tile is in; kept from one outer tile to the next."""
 
     plan: Any
@@ -50,7 +50,7 @@ class Stream(NamedTuple):
 
     def _copies(self, tile, slot):
         return [
-            pltpu.make_async_copy(source.at[tile], buffer.at[slot], self.arrivals.at[slot, number])
+            pltpu.make_async_copy(_tile(source, buffer, tile), buffer.at[slot], self.arrivals.at[slot, number])
             for number, (source, buffer) in enumerate(zip(self.sources, self.buffers, strict=True))
         ]
 
@@ -138,3 +138,10 @@ class Stream(NamedTuple):
         jax.lax.fori_loop(unmasked, visited, functools.partial(step, True), None)
         when_any(gather, slot(visited - 1), 1)
         self.slot[0] = (base + visited) & 3
+
+
+def _tile(source, buffer, tile):
+    if source.ndim == buffer.ndim:
+        return source.at[tile]
+    lanes = buffer.shape[-1]
+    return source.at[:, pl.ds(tile * lanes, lanes)]
