@@ -21,6 +21,7 @@ from pallas_kernels.attention.mosaic_tpu_backward import backward
 from pallas_kernels.attention.mosaic_tpu_forward import forward
 from pallas_kernels.attention.mosaic_tpu_rules import LANES, LOG2_E, NEVER, Rules
 from pallas_kernels.attention.mosaic_tpu_stream import plans
+from pallas_kernels.attention.mosaic_tpu_vmap import with_more_rows
 from pallas_kernels.attention.options import Options
 
 # Rows and keys of a tile, forward and backward: the largest of those tried that compilers schedule without spilling
@@ -130,17 +131,18 @@ def _heads_as_documents(options, q, k, v, index):
     """The same attention with one head, `[B, T H, 1, K]` and `[B, S G, 1, K]`: reshapes that move nothing in memory.
 
     Which head a key belongs to is part of the number of its document, so that a query sees those of its own head.
-    Every query is compared with the keys of all heads: for few queries that costs less than a copy of the keys.
+    Every query is compared with the keys of all heads: for few queries that costs less than a copy of the keys. (Numbers
+    wrap around: documents that differ by a multiple of 2**32 / G would be one.)
     """
     heads, kv_heads = q.shape[2], k.shape[2]
 
     def numbered(documents, head):
-        numbers = documents[..., None] * kv_heads + head
+        numbers = documents[..., None] * kv_heads + head[None, None]
         return jnp.where(documents[..., None] != 0, numbers, 0).reshape(documents.shape[0], -1)
 
     index = tiles.Index(
-        numbered(index.documents, jnp.arange(heads) // (heads // kv_heads)),
-        numbered(index.kv_documents, jnp.arange(kv_heads)),
+        numbered(index.documents, jnp.arange(heads, dtype=jnp.int32) // (heads // kv_heads)),
+        numbered(index.kv_documents, jnp.arange(kv_heads, dtype=jnp.int32)),
         jnp.repeat(index.positions, heads, axis=1),
         jnp.repeat(index.kv_positions, kv_heads, axis=1),
     )
@@ -152,11 +154,15 @@ def _tiled(options, q, k, v, slopes, index):
     grid, rules = _grid(q, k, options, backward=False), _rules(q, k, v, options)
     cut = grid.cut_index(index)
     order = jax.vmap(functools.partial(tiles.schedule, band=rules.band, by_query=True))(cut)
-    queries, keys, values, *rest = _blocks(grid, q, k, v, slopes, cut, options)
+    queries, keys, values, *index, by_head = _blocks(grid, q, k, v, slopes, cut, options)
     across = _lies_across(q, k, v, options)
     if across:
         keys, values = (None if a is None else _fill_lanes(a.transpose(0, 2, 3, 1), grid.keys) for a in (k, v))
-    out, sums = forward(rules, plans(order), queries, keys, values, *rest, grid.in_stages, across)
+
+    def run(arrays, slopes):
+        return tuple(forward(rules, *arrays, slopes, grid.in_stages, across))
+
+    out, sums = with_more_rows(run)((plans(order), queries, keys, values, *index), by_head)
     logsumexp = grid.join_queries(sums.swapaxes(3, 4))[..., 0] / LOG2_E
     return grid.join_queries(out), logsumexp
 
@@ -173,8 +179,12 @@ def _backward(options, residuals, cotangents):
     sums = jnp.where(jnp.isneginf(logsumexp), -NEVER, logsumexp * LOG2_E)
     rows = [grid.cut_queries(a[..., None]).swapaxes(3, 4) for a in (sums, product)]
     statistics = jnp.concatenate(rows, axis=3)
-    queries, keys, values, *rest, by_head = _blocks(grid, q, k, v, slopes, cut, options)
-    gradients = backward(rules, plans(order), queries, keys, values, *rest, grid.cut_queries(do), statistics, by_head)
+    *arrays, by_head = _blocks(grid, q, k, v, slopes, cut, options)
+
+    def run(arrays, slopes):
+        return tuple(backward(rules, *arrays, slopes))
+
+    gradients = with_more_rows(run)((plans(order), *arrays, grid.cut_queries(do), statistics), by_head)
     dq = (grid.join_queries(gradients[0]) * options.scale).astype(q.dtype)
     dk = grid.join_keys(gradients[1])
     dv = None if v is None else grid.join_keys(gradients[2])

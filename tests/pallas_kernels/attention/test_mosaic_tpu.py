@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_conformance import arrays, out_and_gradients
+from attention_calls import arrays, out_and_gradients
 from attention_suite import AttentionSuite, assert_conforms
 from pallas_kernels import devices
 from pallas_kernels.attention import attention, conformance, mosaic_tpu
