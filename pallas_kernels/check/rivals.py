@@ -3,7 +3,8 @@
 Counted from the compiler's schedule, of all Pallas kernels in a call (what XLA does around them is left out, as are
 stalls), 8 heads of 128, causal, bfloat16:
 
-    cycles = steps x (bundles of a step outside its tiles) + sum over the tiles that are visited of the tile's bundles
+    cycles = steps x (bundles of a step outside its tiles and what else is skipped on a condition)
+           + rows of tiles x (bundles of that: it begins or ends a row) + sum over the tiles visited of the tile's bundles
 
 steps: how often the loop over the grid runs, by its exit test: those in which nothing is seen are among them. tile: a
 loop in the step, or what is skipped on a condition, that has matrix products. Where a step has two of them, the first
@@ -151,8 +152,8 @@ def cycles_of(kernel: dict[str, Any], shape: Shape, queries: int, keys: int) -> 
     }.get(len(tiles))
     if visits is None:
         raise ValueError(f"{kernel['name']}: {len(tiles)} parts of a step have matrix products; expected 0, 1, 2 or 4")
-    outside = kernel["step"] - sum(tiles)
-    inside = sum(size * number for size, number in zip(tiles, visits, strict=True))
+    outside = kernel["step"] - sum(tiles) - kernel["optional"]
+    inside = len(lines) * kernel["optional"] + sum(size * number for size, number in zip(tiles, visits, strict=True))
     return kernel["steps"] * outside + shape.B * shape.H * inside
 
 
