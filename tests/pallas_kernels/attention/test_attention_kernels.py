@@ -1,4 +1,4 @@
-"""Our kernels under JAX's transformations: traced as on their devices, and one of them simulated."""
+"""Our kernels under JAX's transformations, as traced and compiled for their devices; and which device that is."""
 
 import functools
 import importlib.util
@@ -12,6 +12,7 @@ from pallas_kernels import devices, targets
 from pallas_kernels.attention import attention, cudnn, mosaic_tpu
 from pallas_kernels.attention.options import Options
 from pallas_kernels.attention.shapes import Shape
+from pallas_kernels.check import cases
 from pallas_kernels.tolerances import assert_close
 
 ROWS = Shape(B=3, T=300, H=4, G=2, K=64)
@@ -51,6 +52,21 @@ def test_kernels_are_traced_under_transforms(platform):
 def test_kernels_are_traced_for_an_absent_device(target):
     with targets.tracing(targets.find(target)):
         assert_traced("mosaic_tpu", wrap=jax.checkpoint)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason=f"needs {targets.INSTALL}")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(B=2, T=1, S=2_048, H=8, G=2, K=128),
+        Shape(B=2, T=2, S=2_176, H=8, G=4, K=64),
+        Shape(B=2, T=1, S=2_048, H=16, G=1, K=576, V=512, latent=True),
+    ],
+)
+def test_decoding_copies_no_cache(shape):
+    call, arrays = cases.attention(shape)
+    memory = targets.compile(call, arrays, targets.find("v5e")).memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * np.prod(shape.k) / 4
 
 
 def test_rows_of_a_batch_by_vmap(monkeypatch):
