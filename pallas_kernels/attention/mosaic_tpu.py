@@ -29,7 +29,7 @@ from pallas_kernels.attention.options import Options
 # except where the forward goes in stages, of half a tile each.
 FORWARD = (512, 512)
 IN_STAGES = (1024, 512)
-IN_STAGES_BY_DOCUMENT = (1024, 256)
+IN_STAGES_MASKED_TWICE = (1024, 256)  # by documents or a window, beside by order
 BACKWARD = (512, 512)
 # At most these where a score takes more registers: a soft cap, keys wider than the lanes.
 HEAVY_FORWARD = (256, 256)
@@ -122,7 +122,7 @@ def _is_decoding(q, options) -> bool:
 
 
 def _lies_across(q, k, v, options) -> bool:
-    """Of few queries: whether keys and values lie in memory as `[B, G, K, S]`, as XLA has it where K would be padded."""
+    """Few queries, and keys and values lie in memory as `[B, G, K, S]`: where K would be padded, XLA has it so."""
     widths = [k.shape[3]] if v is None else [k.shape[3], v.shape[3]]
     return _is_decoding(q, options) and all(width % LANES for width in widths)
 
@@ -131,8 +131,8 @@ def _heads_as_documents(options, q, k, v, index):
     """The same attention with one head, `[B, T H, 1, K]` and `[B, S G, 1, K]`: reshapes that move nothing in memory.
 
     Which head a key belongs to is part of the number of its document, so that a query sees those of its own head.
-    Every query is compared with the keys of all heads: for few queries that costs less than a copy of the keys. (Numbers
-    wrap around: documents that differ by a multiple of 2**32 / G would be one.)
+    Every query is compared with the keys of all heads: for few queries that costs less than a copy of the keys.
+    (Numbers wrap around: documents that differ by a multiple of 2**32 / G would be one.)
     """
     heads, kv_heads = q.shape[2], k.shape[2]
 
@@ -225,7 +225,8 @@ def _grid(q, k, options, backward):
         block_size=options.block_size, most=most, dividing=not backward and _is_decoding(q, options),
     )  # fmt: skip
     if not backward and _goes_in_stages(q, options):
-        most = IN_STAGES if options.plain and options.causal else IN_STAGES_BY_DOCUMENT
+        once = options.plain and options.causal and options.window is None
+        most = IN_STAGES if once else IN_STAGES_MASKED_TWICE
         staged = dataclasses.replace(grid, most=most, in_stages=True)
         return staged if staged.tokens * staged.group > LEAST_IN_STAGES else grid
     return grid

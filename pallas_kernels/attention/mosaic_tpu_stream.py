@@ -39,8 +39,11 @@ def plans(order: Order) -> Int[Array, "B outer 1 width"]:
 
 
 class Stream(NamedTuple):
-    """sources: arrays in main memory, `[tiles, ...]` each, or `[lines, tiles x lanes]`. buffers: `[slots, ...]` each. arrivals: a semaphore
-    for each buffer, `[slots, sources]`. slot: which of them the next tile is in; kept from one outer tile to the next."""
+    """sources: arrays in main memory, `[tiles, ...]` each, or `[lines, tiles x lanes]`. buffers: `[slots, ...]` each.
+
+    arrivals: a semaphore for each buffer, `[slots, sources]`. slot: which of them the next tile is in; kept from one
+    outer tile to the next.
+    """
 
     plan: Any
     sources: tuple
@@ -101,9 +104,10 @@ class Stream(NamedTuple):
         self, first: Any, score: Callable[[bool, Any, int], None], soften: Callable[[int], None],
         gather: Callable[[Any, int], None],
     ) -> None:  # fmt: skip
-        """The three stages of each half (0, 1) of the rows of each tile: `score(masked, slot, half)`, `soften(half)` and
-        `gather(slot, half)`, in this order, so that the scores of the next half and the values of the last one are
-        worked on beside the softmax of each. What is gathered first, for a last half that there was not, is to be 0.
+        """Of each half (0, 1) of a tile's rows: `score(masked, slot, half)`, `soften(half)`, `gather(slot, half)`.
+
+        The scores of the next half and the values of the last one are worked on beside the softmax of each. What is
+        gathered first, for a last half that there was not, has to be 0.
 
         Four slots: of the tile before, this one, the next one, and one that is fetched.
         """

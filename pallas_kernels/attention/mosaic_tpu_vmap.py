@@ -1,6 +1,6 @@
 """A TPU's attention kernels under `jax.vmap`: one call with more rows of the batch.
 
-Pallas would add an axis to the grid, which it cannot for arrays that stay in main memory, where the kernels take theirs.
+Pallas would add an axis to the grid, which it cannot where arrays stay in main memory, as those of the kernels do.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jax.custom_batching import custom_vmap
 
 
 def with_more_rows(kernel: Callable[[tuple, Any], Any]) -> Callable[[tuple, Any], Any]:
-    """`kernel(arrays, slopes)`, whose arrays and results have a first axis B (those of integers: or 1, all rows alike)."""
+    """`kernel(arrays, slopes)`. Arrays and results have a first axis B; those of integers B or 1: all rows alike."""
     run = custom_vmap(kernel)
 
     @run.def_vmap

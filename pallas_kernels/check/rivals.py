@@ -4,7 +4,8 @@ Counted from the compiler's schedule, of all Pallas kernels in a call (what XLA 
 stalls), 8 heads of 128, causal, bfloat16:
 
     cycles = steps x (bundles of a step outside its tiles and what else is skipped on a condition)
-           + rows of tiles x (bundles of that: it begins or ends a row) + sum over the tiles visited of the tile's bundles
+           + rows of tiles x (bundles of that: it begins or ends a row)
+           + sum over the tiles that are visited of the tile's bundles
 
 steps: how often the loop over the grid runs, by its exit test: those in which nothing is seen are among them. tile: a
 loop in the step, or what is skipped on a condition, that has matrix products. Where a step has two of them, the first

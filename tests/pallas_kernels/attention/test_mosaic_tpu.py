@@ -39,7 +39,7 @@ class TestMosaicTPU(AttentionSuite):
 def test_in_stages(name, monkeypatch):
     """As on a v6e: two halves of a tile in turns, in three stages."""
     monkeypatch.setattr(mosaic_tpu, "_goes_in_stages", lambda q, options: True)
-    for sizes in ("IN_STAGES", "IN_STAGES_BY_DOCUMENT"):
+    for sizes in ("IN_STAGES", "IN_STAGES_MASKED_TWICE"):
         monkeypatch.setattr(mosaic_tpu, sizes, (256, 128))
     monkeypatch.setattr(mosaic_tpu, "LEAST_IN_STAGES", 0)
     with simulated():
