@@ -19,12 +19,15 @@ from pallas_kernels.selective_scan.mosaic_gpu_tile import Tile, fetch, scratch
 FILLED = 96  # blocks of 32 channels from which on one pass takes no longer than two over parts, going by instructions
 BLOCKS = 4 * MULTIPROCESSORS  # that parts are made for: all are at work at once
 LEAST = 8  # of the largest tiles, in a part
+FEWEST = 4  # parts: two passes over halves take as long as one over the whole
 
 
 def cut(batch: int, length: int, width: int) -> tuple[int, int]:
     """How many parts, and how many of the largest tiles each has (the last one maybe fewer)."""
     blocks, tiles = batch * (width // LINES), pl.cdiv(length, LARGEST_TILE)
-    parts = 1 if blocks >= FILLED else max(1, min(pl.cdiv(BLOCKS, blocks), tiles // LEAST))
+    parts = min(pl.cdiv(BLOCKS, blocks), tiles // LEAST)
+    if blocks >= FILLED or parts < FEWEST:
+        return 1, tiles
     each = pl.cdiv(tiles, parts)
     return pl.cdiv(tiles, each), each
 

@@ -38,17 +38,18 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "BACKWARD", {8: (8, 4, 4), 16: (8, 4, 2), 64: (8, 2, 1)})
 
 
-@pytest.mark.usefixtures("small_tiles")
 class TestMosaicGPU(conformance_tests(SUITE)):
     implementation = "mosaic_gpu"
     dtypes = (jnp.bfloat16,)
     run_twice = frozenset({"one tile"})
 
     @pytest.fixture(autouse=True)
-    def small_chip(self, monkeypatch, request):
+    def small_chip(self, small_tiles, monkeypatch, request):
         name = request.node.callspec.params["name"]
         if "parts" in name:
-            monkeypatch.setattr(mosaic_gpu_parts, "LEAST", 2)
+            monkeypatch.setattr(mosaic_gpu_parts, "LEAST", 1)
+            monkeypatch.setattr(mosaic_gpu_parts, "BLOCKS", 4 * CASES[name].shape.B)
+            assert mosaic_gpu_parts.cut(*CASES[name].shape[:3]) == (3, 2)
         if "64 channels" in name:
             monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 2)
 
@@ -94,8 +95,9 @@ def test_parts_fill_the_chip_and_are_not_too_short():
     parts, each = cut(batch=1, length=65_536, width=1_024)
     assert parts * each >= 2_048 > (parts - 1) * each
     assert 32 * parts >= 3 * 132
-    assert cut(batch=1, length=500, width=1_024) == (2, 8)
-    assert cut(batch=1, length=100, width=1_024) == (1, 4)
+    assert cut(batch=1, length=1_024, width=1_024) == (4, 8)
+    assert cut(batch=1, length=1_000, width=1_024) == (4, 8)
+    assert cut(batch=1, length=500, width=1_024) == (1, 16)
 
 
 @pytest.mark.parametrize(
