@@ -179,7 +179,7 @@ def test_dtypes(implementation):
         ({"A": jnp.zeros((7, 5))}, r"A: shape \(7, 5\); expected \(6, 5\)"),
         ({"C": jnp.zeros((2, 63, 4))}, "C: shape"),
         ({"initial_state": jnp.zeros((2, 5, 6))}, "initial_state: shape"),
-        ({"implementation": "chunk"}, "implementation='chunk': selective_scan has chunked, mosaic_tpu, reference. Did you"),
+        ({"implementation": "chunk"}, "implementation=.chunk.: selective_scan has chunked, mosaic_tpu, reference. Did"),
         ({"x": jnp.zeros((2, 0, 6)), "dt": jnp.zeros((2, 0, 6)), "B": jnp.zeros((2, 0, 5)),
           "C": jnp.zeros((2, 0, 5))}, "with nothing empty"),
     ],
