@@ -1,8 +1,8 @@
 """The forward of the selective scan on a TPU.
 
 The grid goes over rows of the batch, parts of the channels and, in order, chunks of tokens. A step loops over groups of
-16 tokens x 2,048 channels, two states at a time, which stay in registers meanwhile: an exponential, four products and two
-sums for each token, state and 1,024 channels. The next group's x and dt are transposed behind them.
+16 tokens x 2,048 channels, two states at a time, which stay in registers meanwhile: an exponential, four products and
+two sums for each token, state and 1,024 channels. The next group's x and dt are transposed behind them.
 """
 
 import functools

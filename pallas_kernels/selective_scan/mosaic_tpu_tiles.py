@@ -5,8 +5,8 @@ their weighted sum, and nothing is ever summed across a register but for the gra
 
 - x, dt and y lie in memory with tokens along the lines (sublanes) of a register. They go through a small buffer that is
   written with one stride and read with another, which is the transposition.
-- B and C are numbers per token and state: `spread` writes them along all lanes once for a chunk, and a load then repeats
-  the line that it reads.
+- B and C are numbers per token and state: `spread` writes them along all lanes once for a chunk, and a load then
+  repeats the line that it reads.
 - What becomes of a token follows from its mark, spread likewise: padding has a step of 0, and the first token of a
   document one that decays everything to 0.
 """
@@ -29,8 +29,8 @@ STATES = 16  # in the body of a loop
 WIDEST = 4096  # channels of a step of the grid, with few states
 VMEM_LIMIT = 48 * 2**20  # bytes; the smallest fast memory among the generations aimed at holds 64 MiB
 PADDING, REAL, START = 0.0, 1.0, 2.0  # marks
-# A step that decays everything: times any decay rate, which is kept above the least, it is below the exponents of float32
-# (and times the derivative 0 it is 0, as infinity is not). A rate of 1e-30 decays nothing for steps up to 1e22.
+# A step that decays everything: times any decay rate, which is kept above the least, it is below the exponents of
+# float32 (and times the derivative 0 it is 0, as infinity is not). A rate of 1e-30 decays nothing for steps up to 1e22.
 FOREVER, LEAST_RATE = 3e38, 1e-30
 
 
@@ -139,8 +139,8 @@ class Rows:
         return step if self.mark is None else jnp.where(self.mark == START, FOREVER, step)
 
 
-# A buffer `[wide, groups, 64, 128]` holds 8 tokens x 1,024 channels in each of its groups: line 8 t + k is token t's k-th
-# 128 channels, so that 8 lines are a register of a token, and every eighth line one of 128 channels.
+# A buffer `[wide, groups, 64, 128]` holds 8 tokens x 1,024 channels in each of its groups: line 8 t + k is token t's
+# k-th 128 channels, so that 8 lines are a register of a token, and every eighth line one of 128 channels.
 
 
 def buffer(layout: Layout, tokens: int) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The TPU's kernels, simulated: memory spaces, copies and semaphores, with races looked for."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,7 +16,17 @@ from pallas_kernels.tolerances import TOLERANCE
 simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
 
 
-class TestMosaicTPU(conformance_tests(SUITE)):
+def shortened(name, case):
+    """A simulator takes long: a group of tokens and a bit, but for two cases that go on into a second chunk."""
+    batch, length, width, states = case.shape
+    most = {"long": 130, "packed": 130}.get(name, 20 if states <= 16 else 10)
+    return dataclasses.replace(case, shape=Shape(1 if name == "packed" else batch, min(length, most), width, states))
+
+
+SHORT = dataclasses.replace(SUITE, cases={name: shortened(name, case) for name, case in SUITE.cases.items()})
+
+
+class TestMosaicTPU(conformance_tests(SHORT)):
     implementation = "mosaic_tpu"
     run_twice = frozenset({"one token", "small widths"})
 
