@@ -1,0 +1,62 @@
+"""The delta rule on a TPU by Pallas kernels (Mosaic), forward and backward."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import devices
+from pallas_kernels.delta_rule.mosaic_tpu_chunk import Body, Tokens, rows_of_tokens
+from pallas_kernels.delta_rule.reference import first_state, mark_documents
+from pallas_kernels.linear_attention.reference import as_log_decay
+from pallas_kernels.mosaic_tpu_chunks import Plan, scan_chunks
+from pallas_kernels.mosaic_tpu_packs import narrow_pack
+
+CHUNK = 64
+
+
+def supports(q, k, v, a, b, log_decay, initial_state, segment_ids, scale) -> str | None:
+    """None, or what about the call is not supported."""
+    platform = devices.current().platform
+    if platform != "tpu":
+        return f"by Mosaic TPU needs a TPU, and this is {platform}"
+    if q.dtype not in ("bfloat16", "float32"):
+        return f"by Mosaic TPU is for bfloat16 or float32, and q is {q.dtype}"
+    return None
+
+
+def run(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None,
+    initial_state: Float[Array, "B H K V"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """See `delta_rule`. Any T: what is left over of whole chunks is filled up with tokens that change nothing."""
+    batch, length, heads, _ = v.shape
+    chunk = CHUNK
+    state = first_state(q, v, initial_state)
+    decay = "vector" if log_decay is not None and log_decay.ndim == 4 else "scalar"
+    if log_decay is None and segment_ids is None:
+        decay = "none"
+    tokens = mark_documents(q, k, v, a, b, log_decay, segment_ids)
+    pack = narrow_pack(heads, q.shape[3], v.shape[3])
+
+    def flat(x):
+        x = x.reshape(batch, length, -1)
+        return jnp.pad(x, ((0, 0), (0, -length % chunk), (0, 0)))
+
+    packs, rows = heads // pack.heads, None
+    if decay == "scalar":
+        gates = flat(as_log_decay(tokens.log_decay, jnp.float32))
+        rows = rows_of_tokens(gates, chunk, pack.heads)
+    if decay != "vector":
+        tokens = tokens._replace(log_decay=None)
+    tokens = jax.tree.map(flat, Tokens(*tokens))
+    plan = Plan(chunk, packs, (packs,) * len(jax.tree.leaves(tokens)), keep=q.dtype)
+    body = Body(pack, decay, scale, q.dtype)
+    state, o = scan_chunks(body, plan, None, pack.join_states(state), tokens, rows)
+    return o[:, :length].reshape(v.shape), pack.part_states(state)

@@ -1,0 +1,202 @@
+"""One chunk of the delta rule on a TPU: the formulas of `chunked.py`.
+
+What reads, a and q, stands below one another in one matrix of 2 C rows; so does what writes, b and k, and what is written,
+u and v. Then one product makes all four tables of scores, and the sums over b u and k v are one product each.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.linear_attention.reference import as_log_decay
+from pallas_kernels.mosaic_tpu_chunks import product
+from pallas_kernels.mosaic_tpu_halving import halvings, part_at, to_middle
+from pallas_kernels.mosaic_tpu_packs import Pack
+
+
+class Tokens(NamedTuple):
+    """log_decay: one for each channel, or None."""
+
+    q: Any
+    k: Any
+    v: Any
+    a: Any
+    b: Any
+    log_decay: Any
+
+
+# What stands in the rows of a chunk, one of each for each head; along the lanes the C tokens twice, once for a and once
+# for q, or for b and for k: the decays from the state before to what is read, from what is written to the state after,
+# and of the whole chunk; running sums of log decays in two parts (see `linear_attention.chunked._running_sums`).
+SINCE, UNTIL, TOTAL, COARSE, FINE, READING_COARSE, READING_FINE = range(7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """decay: "none", "scalar" (in `rows`, `[7 heads, 2 C]`, filled up to a multiple of 8) or "vector" (in the tokens)."""
+
+    pack: Pack
+    decay: str
+    scale: float
+    dtype: Any  # of the products' operands
+
+    @property
+    def name(self):
+        return f"delta_rule_{self.decay}"
+
+    def __call__(self, fixed, state, tokens: Tokens, rows):
+        pack, dtype = self.pack, self.dtype
+        v, length = tokens.v, tokens.v.shape[0]
+        reading, writing = jnp.concatenate([tokens.a, tokens.q]), jnp.concatenate([tokens.b, tokens.k])
+        since = until = total = None
+        if self.decay == "vector":
+            tables, since, until, total = self.vector_tables(tokens, reading, writing)
+        else:
+            tables = self.scalar_tables(reading, writing, rows)
+
+        # The state before the chunk
+        before = product(reading if since is None else since, state, (1, 0), dtype)
+        if self.decay == "scalar":
+            columns = rows.T
+            before = before * self.pack.by_head(lambda head: self.column(columns, SINCE, head))
+
+        # What the tokens read before they write
+        def solution(head, before, v):
+            table = tables[head][:length]
+            right = before + product(table, jnp.concatenate([jnp.zeros_like(v), v]), (1, 0), dtype)
+            return solve(table[:, :length], right, dtype)
+
+        u = pack.by_head(solution, before[:length], v)
+        written = jnp.concatenate([u.astype(v.dtype), v])
+        o = before[length:] + pack.by_head(
+            lambda head, written: product(tables[head][length:], written, (1, 0), dtype), written
+        )
+        # The state after it
+        if self.decay == "scalar":
+            written = written * self.pack.by_head(lambda head: self.column(columns, UNTIL, head))
+            state = state * pack.by_head(lambda head: self.column(columns, TOTAL, head))[:1]
+        if self.decay == "vector":
+            state = state * total
+        state = state + pack.blocks(product(writing if until is None else until, written, (0, 0), dtype))
+        return state, (o * self.scale).astype(v.dtype)
+
+    def column(self, columns, what, head):
+        at = what * self.pack.heads + head
+        return columns[:, at : at + 1]
+
+    def scalar_tables(self, reading, writing, rows):
+        """Of each head `[2 C, 2 C]`."""
+        heads, length = self.pack.heads, reading.shape[0] // 2
+        place = functools.partial(_place, length, (2 * length, 2 * length))
+        reader, i, j = place()
+        seen = (i > j) | ((i == j) & reader)
+        columns = None if rows is None else rows.T
+        found = []
+        for head in range(heads):
+            scores = product(self.pack.of_keys(head, reading), writing, (1, 1), self.dtype)
+            if rows is None:
+                found.append(jnp.where(seen, scores, 0.0))
+                continue
+            coarse, fine = (
+                self.column(columns, read, head) - rows[gone * heads + head : gone * heads + head + 1]
+                for read, gone in ((READING_COARSE, COARSE), (READING_FINE, FINE))
+            )
+            exponent = jax.lax.stop_gradient(coarse) + fine
+            found.append(scores * jnp.where(seen, jnp.exp(jnp.where(i > j, exponent, 0.0)), 0.0))
+        return found
+
+    def vector_tables(self, tokens, reading, writing):
+        """Of each head `[2 C, 2 C]`; and the reading and the writing vectors as they meet the state before and after the
+        chunk, and the decay of the state, `[keys, 1]`."""
+        heads, length = self.pack.heads, tokens.v.shape[0]
+        log_decay = as_log_decay(tokens.log_decay, jnp.float32)
+        own = self.heads_below(reading)
+        size = (own.shape[0], 2 * length)
+        reader, i, j = _place(length, size)
+        scores = jnp.where((i == j) & reader, product(own, writing, (1, 1), self.dtype), 0.0)
+        # q reads after the decay of its own token
+        token = jnp.exp(log_decay)
+        read = reading.astype(jnp.float32) * jnp.concatenate([jnp.ones_like(token), token])
+        stacked, writing = self.heads_below(read), writing.astype(jnp.float32)
+        for half, sums in halvings(log_decay, exclusive=True):
+            if half < length:
+                decay = to_middle(sums, half)
+                both = jnp.concatenate([decay] * 2)
+                later = stacked * (both if heads == 1 else jnp.concatenate([both] * heads))
+                found = product(later, writing * both, (1, 1), self.dtype)
+                scores = jnp.where(part_at(i, j, half), found, scores)
+        tables = [scores[head * 2 * length : (head + 1) * 2 * length] for head in range(heads)]
+        since = read * jnp.concatenate([jnp.exp(sums.reading)] * 2)
+        until = writing * jnp.concatenate([jnp.exp(sums.rest)] * 2)
+        return tables, since, until, jnp.exp(sums.total).T[:, :1]
+
+    def heads_below(self, x):
+        heads = [self.pack.of_keys(head, x) for head in range(self.pack.heads)]
+        return heads[0] if len(heads) == 1 else jnp.concatenate(heads)
+
+
+def _place(length, shape):
+    """Of the entries of tables below one another: whether they belong to q, the token that reads, the one that writes."""
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return row & length != 0, row & (length - 1), column & (length - 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def solve(lower, right, dtype):
+    """x with (I - lower) x = right, for a strictly lower triangular matrix; its diagonal and above are not read."""
+    return product(unit_inverse(lower), right, (1, 0), dtype)
+
+
+def _solve_fwd(lower, right, dtype):
+    inverse = unit_inverse(lower)
+    solution = product(inverse, right, (1, 0), dtype)
+    return solution, (inverse, solution)
+
+
+def _solve_bwd(dtype, kept, cotangent):
+    inverse, solution = kept
+    of_right = product(inverse, cotangent, (0, 0), dtype)
+    of_lower = product(of_right, solution, (1, 1), dtype)
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, of_lower.shape, axis) for axis in (0, 1))
+    return jnp.where(i > j, of_lower, 0.0), of_right
+
+
+solve.defvjp(_solve_fwd, _solve_bwd)
+
+
+def unit_inverse(lower):
+    """(I - lower)^-1 by halves, as `blocks.unit_inverse`: X of blocks twice as long is X + X M X, where M is what lies
+    below the diagonal between the halves of each."""
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, lower.shape, axis) for axis in (0, 1))
+    inverse = jnp.where(i == j, 1.0, jnp.where(part_at(i, j, 1), lower, 0.0))
+    size = 2
+    while size < lower.shape[0]:
+        below = jnp.where(part_at(i, j, size), lower, 0.0)
+        below = product(product(inverse, below, (1, 0), jnp.float32), inverse, (1, 0), jnp.float32)
+        inverse = inverse + below
+        size *= 2
+    return inverse
+
+
+def rows_of_tokens(log_decay, chunk: int, heads: int):
+    """`[B, packs, chunks, rows, 2 C]` of float32 log decays `[B, T, H]`, at most 0 and finite."""
+    batch, length, all_heads = log_decay.shape
+    g = log_decay.reshape(batch, length // chunk, chunk, all_heads // heads, heads).transpose(0, 3, 1, 4, 2)
+    coarse = jax.lax.stop_gradient(jnp.round(g * 512) / 512)
+    through = np.triu(np.ones((chunk, chunk), np.float32))  # up to and with the token
+    before, after = np.triu(through, 1), np.tril(np.ones_like(through), -1)
+    reading, gone = np.concatenate([before, through], axis=1), np.concatenate([through, through], axis=1)
+
+    def sums(x, table):
+        return jnp.einsum("bphrc,cd->bphrd", x, jnp.asarray(table), precision=jax.lax.Precision.HIGHEST)
+
+    parts = [sums(x, table) for table in (gone, reading) for x in (coarse, g - coarse)]
+    until = jnp.exp(sums(g, np.concatenate([after, after], axis=1)))
+    total = jnp.broadcast_to(jnp.exp(jnp.sum(g, axis=-1, keepdims=True)), until.shape)
+    rows = jnp.concatenate([jnp.exp(parts[2] + parts[3]), until, total, *parts], axis=3)
+    return jnp.pad(rows, [(0, 0)] * 3 + [(0, -rows.shape[3] % 8), (0, 0)])

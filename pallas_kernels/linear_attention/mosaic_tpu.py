@@ -1,0 +1,109 @@
+"""Linear attention on a TPU by Pallas kernels (Mosaic), forward and backward."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import devices
+from pallas_kernels.linear_attention import mosaic_tpu_scalar as scalars
+from pallas_kernels.linear_attention import mosaic_tpu_vector as vectors
+from pallas_kernels.linear_attention.reference import as_log_decay, empty_state, for_each_head
+from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, scan_chunks
+from pallas_kernels.mosaic_tpu_packs import Pack, narrow_pack
+from pallas_kernels.segments import document_starts
+
+CHUNK = 128
+VECTOR_CHUNK = 64
+SHARED = 512
+
+
+def supports(q, k, v, log_decay, initial_state, segment_ids, scale, bonus=None) -> str | None:
+    """None, or what about the call is not supported."""
+    platform = devices.current().platform
+    if platform != "tpu":
+        return f"by Mosaic TPU needs a TPU, and this is {platform}"
+    if q.dtype not in ("bfloat16", "float32"):
+        return f"by Mosaic TPU is for bfloat16 or float32, and q is {q.dtype}"
+    return None
+
+
+def run(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H K"] | Float[Array, "B T H"] | Float[Array, "H"] | None,
+    initial_state: Float[Array, "B H K V"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+    bonus: Float[Array, "H K"] | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """See `linear_attention`. Any T: what is left over of whole chunks is filled up with tokens that change nothing."""
+    batch, length, heads, _ = v.shape
+    exclusive, starts = bonus is not None, None
+    state = empty_state(q, v) if initial_state is None else initial_state.astype(jnp.float32)
+    vector = log_decay is not None and log_decay.ndim == 4
+    chunk = VECTOR_CHUNK if vector else CHUNK
+    missing = -length % chunk
+    if not vector and log_decay is not None:
+        log_decay = as_log_decay(log_decay, jnp.float32)
+    if segment_ids is not None or (missing and not vector and log_decay is not None):
+        # No decay in padding, so that one a head will not do
+        log_decay = jnp.zeros(heads) if log_decay is None else log_decay
+        log_decay = log_decay if vector else jnp.broadcast_to(log_decay, v.shape[:3])
+    if segment_ids is not None:
+        starts, valid = document_starts(segment_ids)
+        nothing = as_log_decay(jnp.full((), -jnp.inf, log_decay.dtype), log_decay.dtype)
+        log_decay = _where(valid, jnp.where(_like(starts, log_decay), nothing, log_decay))
+        q, k = _where(valid, q), _where(valid, k)
+        starts = starts if exclusive else None
+
+    def fill(x):
+        if x is None or missing == 0 or x.ndim == 1:
+            return x
+        return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
+
+    q, k, v, log_decay, starts = (fill(x) for x in (q, k, v, log_decay, starts))
+    pack = _pack(q, v, vector)
+    if q.shape[2] < heads and not pack.shared:
+        q, k = for_each_head(q, heads), for_each_head(k, heads)
+    packs = heads // pack.heads
+    parts = q.shape[2] if pack.shared else packs
+    if bonus is not None:
+        bonus = bonus.astype(jnp.float32).reshape(packs, 1, -1)
+    if vector:
+        body = vectors.Body(pack, scale, exclusive, q.dtype)
+        fixed, tokens, parts = bonus, vectors.Tokens(q, k, v, log_decay), (parts, parts, packs, packs)
+        rows = None if starts is None else vectors.rows_of_tokens(starts, chunk, packs)
+    else:
+        decay = "none" if log_decay is None else "head" if log_decay.ndim == 1 else "token"
+        body = scalars.Body(pack, decay, scale, exclusive, q.dtype)
+        fixed, tokens, parts = scalars.Fixed(bonus=bonus), scalars.Tokens(q, k, v), (parts, parts, packs)
+        rows = None
+        if decay == "head":
+            between, columns = scalars.fixed_of_heads(log_decay, chunk, pack.heads, exclusive)
+            fixed = fixed._replace(between=between, columns=columns)
+        if decay == "token":
+            rows = scalars.rows_of_tokens(log_decay, starts, chunk, pack.heads, exclusive)
+    tokens = jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tokens)
+    plan = Plan(chunk, packs, parts, keep=q.dtype)
+    state, o = scan_chunks(body, plan, fixed, pack.join_states(state), tokens, rows)
+    return o.reshape(v.shape)[:, :length], pack.part_states(state)
+
+
+def _pack(q, v, vector):
+    """The heads that are worked on together: of those that share keys and queries as many as SHARED lanes of values hold."""
+    (*_, groups, key), (*_, heads, value) = q.shape, v.shape
+    if groups < heads and not vector and key % LANES == 0:
+        count = heads // groups
+        for fewer in range(count, 0, -1):
+            if count % fewer == 0 and fewer * value % LANES == 0 and fewer * value <= max(SHARED, value):
+                return Pack(fewer, key, value, shared=True)
+    return narrow_pack(heads, key, value)
+
+
+def _like(mask, x):
+    return mask.reshape(mask.shape + (1,) * (x.ndim - 2))
+
+
+def _where(mask, x):
+    return jnp.where(_like(mask, x), x, jnp.zeros((), x.dtype))
