@@ -15,7 +15,7 @@ import numpy as np
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import product
 from pallas_kernels.mosaic_tpu_halving import halvings, part_at, to_middle
-from pallas_kernels.mosaic_tpu_packs import Pack
+from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side
 
 
 class Tokens(NamedTuple):
@@ -49,39 +49,52 @@ class Body:
         return f"delta_rule_{self.decay}"
 
     def __call__(self, fixed, state, tokens: Tokens, rows):
-        pack, dtype = self.pack, self.dtype
         v, length = tokens.v, tokens.v.shape[0]
         reading, writing = jnp.concatenate([tokens.a, tokens.q]), jnp.concatenate([tokens.b, tokens.k])
-        since = until = total = None
+        since, until, total = reading, writing, None
         if self.decay == "vector":
             tables, since, until, total = self.vector_tables(tokens, reading, writing)
         else:
             tables = self.scalar_tables(reading, writing, rows)
+        # Of what a reads, with the inverse of its system; and of what q reads
+        tables = [
+            ((table[:length], unit_inverse(jax.lax.stop_gradient(table[:length, :length]))), table[length:])
+            for table in tables
+        ]
 
-        # The state before the chunk
-        before = product(reading if since is None else since, state, (1, 0), dtype)
+        columns = rows.T if self.decay == "scalar" else None
+        by_units = [
+            self.unit(lanes, tables, state[:, lanes], v[:, lanes], since, until, total, columns)
+            for lanes in self.pack.units
+        ]
+        states, outs = zip(*by_units, strict=True)
+        return side_by_side(states), side_by_side(outs)
+
+    def unit(self, lanes, tables, state, v, since, until, total, columns):
+        """Some lanes of the state and the outputs."""
+        pack, dtype, length = self.pack, self.dtype, v.shape[0]
+        before = product(since, state, (1, 0), dtype)
         if self.decay == "scalar":
-            columns = rows.T
-            before = before * self.pack.by_head(lambda head: self.column(columns, SINCE, head))
+            before = before * pack.by_head(lambda head: self.column(columns, SINCE, head), lanes)
 
         # What the tokens read before they write
-        def solution(head, before, v):
-            table = tables[head][:length]
-            right = before + product(table, jnp.concatenate([jnp.zeros_like(v), v]), (1, 0), dtype)
-            return solve(table[:, :length], right, dtype)
+        both = jnp.concatenate([jnp.zeros_like(v), v])
 
-        u = pack.by_head(solution, before[:length], v)
+        def solution(head):
+            lower, inverse = tables[head][0]
+            right = before[:length] + product(lower, both, (1, 0), dtype)
+            return solve(lower, inverse, right, dtype)
+
+        u = pack.by_head(solution, lanes)
         written = jnp.concatenate([u.astype(v.dtype), v])
-        o = before[length:] + pack.by_head(
-            lambda head, written: product(tables[head][length:], written, (1, 0), dtype), written
-        )
+        o = before[length:] + pack.by_head(lambda head: product(tables[head][1], written, (1, 0), dtype), lanes)
         # The state after it
         if self.decay == "scalar":
-            written = written * self.pack.by_head(lambda head: self.column(columns, UNTIL, head))
-            state = state * pack.by_head(lambda head: self.column(columns, TOTAL, head))[:1]
+            written = written * pack.by_head(lambda head: self.column(columns, UNTIL, head), lanes)
+            state = state * pack.by_head(lambda head: self.column(columns, TOTAL, head)[:1], lanes)
         if self.decay == "vector":
             state = state * total
-        state = state + pack.blocks(product(writing if until is None else until, written, (0, 0), dtype))
+        state = state + pack.blocks(product(until, written, (0, 0), dtype), lanes)
         return state, (o * self.scale).astype(v.dtype)
 
     def column(self, columns, what, head):
@@ -146,24 +159,25 @@ def _place(length, shape):
     return row & length != 0, row & (length - 1), column & (length - 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def solve(lower, right, dtype):
-    """x with (I - lower) x = right, for a strictly lower triangular matrix; its diagonal and above are not read."""
-    return product(unit_inverse(lower), right, (1, 0), dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def solve(lower, inverse, right, dtype):
+    """x with (I - lower) x = right, for a strictly lower triangular matrix, followed by columns that are not read; its
+    inverse, for which there is no gradient of its own, is at hand."""
+    return product(inverse, right, (1, 0), dtype)
 
 
-def _solve_fwd(lower, right, dtype):
-    inverse = unit_inverse(lower)
+def _solve_fwd(lower, inverse, right, dtype):
     solution = product(inverse, right, (1, 0), dtype)
-    return solution, (inverse, solution)
+    return solution, (lower, inverse, solution)
 
 
 def _solve_bwd(dtype, kept, cotangent):
-    inverse, solution = kept
+    lower, inverse, solution = kept
     of_right = product(inverse, cotangent, (0, 0), dtype)
+    solution = jnp.concatenate([solution, jnp.zeros_like(solution)])
     of_lower = product(of_right, solution, (1, 1), dtype)
     i, j = (jax.lax.broadcasted_iota(jnp.int32, of_lower.shape, axis) for axis in (0, 1))
-    return jnp.where(i > j, of_lower, 0.0), of_right
+    return jnp.where(i > j, of_lower, 0.0), jnp.zeros_like(inverse), of_right
 
 
 solve.defvjp(_solve_fwd, _solve_bwd)

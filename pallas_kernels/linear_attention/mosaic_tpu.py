@@ -80,14 +80,16 @@ def run(
         fixed, tokens, parts = scalars.Fixed(bonus=bonus), scalars.Tokens(q, k, v), (parts, parts, packs)
         rows = None
         if decay == "head":
-            between, columns = scalars.fixed_of_heads(log_decay, chunk, pack.heads, exclusive)
-            fixed = fixed._replace(between=between, columns=columns)
+            between, wide = scalars.fixed_of_heads(log_decay, chunk, pack.heads, exclusive)
+            fixed = fixed._replace(between=between, wide=wide)
         if decay == "token":
-            rows = scalars.rows_of_tokens(log_decay, starts, chunk, pack.heads, exclusive)
+            rows = scalars.rows_of_tokens(
+                log_decay, starts, chunk, pack.heads, exclusive, scalars.parts_of(q.dtype)
+            )
     tokens = jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tokens)
     plan = Plan(chunk, packs, parts, keep=q.dtype)
-    state, o = scan_chunks(body, plan, fixed, pack.join_states(state), tokens, rows)
-    return o.reshape(v.shape)[:, :length], pack.part_states(state)
+    state, o = scan_chunks(body, plan, fixed, pack.join_states(state, upright=not vector), tokens, rows)
+    return o.reshape(v.shape)[:, :length], pack.part_states(state, upright=not vector)
 
 
 def _pack(q, v, vector):

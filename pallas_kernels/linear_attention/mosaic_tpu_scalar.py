@@ -1,6 +1,7 @@
 """One chunk of linear attention on a TPU with one decay for all channels of a head: the formulas of `chunked.py`."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.linear_attention.reference import as_log_decay
-from pallas_kernels.mosaic_tpu_chunks import product
-from pallas_kernels.mosaic_tpu_packs import Pack
+from pallas_kernels.mosaic_tpu_chunks import LANES, product
+from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side, spread
 
 
 class Fixed(NamedTuple):
-    """Of all chunks; one decay for each head. between: `[heads x C, C]`, 0 where i must not see j. columns: `[C, 3 heads]`,
-    since, until and total, as in `chunked.Decays`. bonus: `[1, keys]`. None: not so."""
+    """Of all chunks; one decay for each head. between: `[heads x C, C]`, 0 where i must not see j. wide: `[3 heads x C, 128]`,
+    since, until and total, as in `chunked.Decays`, alike in all lanes. bonus: `[1, keys]`. None: not so."""
 
     between: Any = None
-    columns: Any = None
+    wide: Any = None
     bonus: Any = None
 
 
@@ -27,15 +28,15 @@ class Tokens(NamedTuple):
     v: Any
 
 
-# What stands in the rows of a chunk, for each head one of: since, until and total, as in `chunked.Decays`; the running
-# sums of the log decays up to the token, in two parts (see `chunked._running_sums`), and those of what it reads, which
-# with a bonus are others.
-SINCE, UNTIL, TOTAL, COARSE, FINE, READING_COARSE, READING_FINE = range(7)
+# What stands in the rows of a chunk, for each head one of: running sums of the log decays up to the token, and, with a
+# bonus, those of what it reads; of float32 each in two parts (see `chunked._running_sums`). Of bfloat16 in one: what it
+# loses, 5e-4 at the most extreme gates, is below the rounding of the inputs.
+NEVER = -1e30  # an exponent of what is not seen
 
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """decay: "none", "head" (in `fixed`) or "token" (in `rows`, `[7 heads, C]`, filled up to a multiple of 8)."""
+    """decay: "none", "head" (in `fixed`) or "token" (in `rows`, filled up to a multiple of 8)."""
 
     pack: Pack
     decay: str
@@ -53,50 +54,71 @@ class Body:
         length = q.shape[0]
         i = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
         j = jax.lax.broadcasted_iota(jnp.int32, (length, length), 1)
-        columns = {"none": None, "head": fixed.columns, "token": None if rows is None else rows.T}[self.decay]
+        columns = rows.T if self.decay == "token" else None
+        parts = parts_of(dtype)
 
-        def column(what, head):
-            at = what * pack.heads + head
-            return columns[:, at : at + 1]
+        @functools.cache
+        def sums(head):
+            """Running sums in parts: along the sublanes (alike in all lanes) of what is read, and of what is decayed;
+            and along the lanes."""
+            at = [part * pack.heads + head for part in range((1 + self.exclusive) * parts)]
+            wide = [_first(jnp.broadcast_to(columns[:, n : n + 1], (length, LANES)), n, parts, pack) for n in at]
+            return wide[-parts:], wide[:parts], [_first(rows[n : n + 1], n, parts, pack) for n in at[:parts]]
+
+        def of_table(what, head):
+            at = (what * pack.heads + head) * length
+            return fixed.wide[at : at + length]
+
+        @functools.cache
+        def decays(head):
+            """since, until and total."""
+            if self.decay == "head":
+                return of_table(0, head), of_table(1, head), of_table(2, head)[:1]
+            reading, gone, _ = sums(head)
+            until = functools.reduce(jnp.add, (g[length - 1 :] - g for g in gone))
+            return jnp.exp(sum(reading)), jnp.exp(until), jnp.exp(sum(gone)[length - 1 :])
 
         def between(head):
             if self.decay == "head":
                 return fixed.between[head * length : (head + 1) * length]
+            seen = i > j if self.exclusive else i >= j
             if self.decay == "none":
-                return jnp.where(i > j if self.exclusive else i >= j, 1.0, 0.0)
-            reading = (READING_COARSE, READING_FINE) if self.exclusive else (COARSE, FINE)
-            coarse, fine = (
-                column(read, head) - rows[gone * pack.heads + head : gone * pack.heads + head + 1]
-                for read, gone in zip(reading, (COARSE, FINE), strict=True)
+                return jnp.where(seen, 1.0, 0.0)
+            reading, _, gone = sums(head)
+            exponent = functools.reduce(
+                jnp.add, (spread(r, length) - g for r, g in zip(reading, gone, strict=True))
             )
-            exponent = jax.lax.stop_gradient(coarse) + fine
-            decays = jnp.exp(jnp.where(i > j, exponent, 0.0))
-            return jnp.where(i > j if self.exclusive else i >= j, decays, 0.0)
+            return jnp.exp(jnp.where(seen, exponent, NEVER))
 
         shared = product(q, k, (1, 1), dtype) if pack.shared else None
 
-        def inside(head, values):
+        @functools.cache
+        def weights(head):
             read = pack.of_keys(head, q)
             scores = product(read, k, (1, 1), dtype) if shared is None else shared
             scores = scores * between(head)
             if self.exclusive:
                 own = product(read.astype(jnp.float32) * fixed.bonus, k, (1, 1), dtype)
                 scores = scores + jnp.where(i == j, own, 0.0)
-            return product(scores, values, (1, 0), dtype)
+            return scores
 
-        o = pack.by_head(inside, v)
-        before = product(q, state, (1, 0), dtype)
-        kept = v
-        if self.decay != "none":
-            before = before * pack.by_head(lambda head: column(SINCE, head))
-            kept = v * pack.by_head(lambda head: column(UNTIL, head))
-        written = pack.blocks(product(k, kept, (0, 0), dtype))
-        if self.decay != "none":
-            state = state * pack.by_head(lambda head: column(TOTAL, head)[:1])
-        return state + written, ((o + before) * self.scale).astype(v.dtype)
+        states, outs = [], []
+        for lanes in pack.units:
+            values, old = v[:, lanes], state[:, lanes]
+            o = pack.by_head(lambda head, values=values: product(weights(head), values, (1, 0), dtype), lanes)
+            before = product(q, old, (1, 0), dtype)
+            if self.decay != "none":
+                width = lanes.stop - lanes.start
+                since, until, total = (
+                    pack.by_head(lambda head, n=n: spread(decays(head)[n], width), lanes) for n in range(3)
+                )
+                before, values, old = before * since, values * until, old * total
+            states.append(old + pack.blocks(product(k, values, (0, 0), dtype), lanes))
+            outs.append(((o + before) * self.scale).astype(v.dtype))
+        return side_by_side(states), side_by_side(outs)
 
 
-def rows_of_tokens(log_decay, starts, chunk: int, heads: int, exclusive: bool):
+def rows_of_tokens(log_decay, starts, chunk: int, heads: int, exclusive: bool, parts: int):
     """`[B, packs, chunks, rows, C]` of float32 log decays `[B, T, H]`, at most 0 and finite.
 
     starts: `[B, T]`, tokens that must not read the state that they find; or None.
@@ -105,31 +127,41 @@ def rows_of_tokens(log_decay, starts, chunk: int, heads: int, exclusive: bool):
     g = log_decay.reshape(batch, length // chunk, chunk, all_heads // heads, heads).transpose(0, 3, 1, 4, 2)
     coarse = jax.lax.stop_gradient(jnp.round(g * 512) / 512)
     through = np.triu(np.ones((chunk, chunk), np.float32))  # up to and with the token
-    after = np.tril(np.ones_like(through), -1)
 
-    def sums(x, table):
-        return jnp.einsum("bphrc,cd->bphrd", x, jnp.asarray(table), precision=jax.lax.Precision.HIGHEST)
+    def sums(table):
+        each = (g,) if parts == 1 else (coarse, g - coarse)
+        return [
+            jnp.einsum("bphrc,cd->bphrd", x, jnp.asarray(table), precision=jax.lax.Precision.HIGHEST) for x in each
+        ]
 
-    reading = np.triu(through, 1) if exclusive else through
-    coarse_sums, fine_sums = sums(coarse, reading), sums(g - coarse, reading)
-    if starts is not None:
-        nothing = jnp.where(starts, as_log_decay(jnp.full((), -jnp.inf), jnp.float32), 0.0)
-        coarse_sums += nothing.reshape(batch, 1, length // chunk, 1, chunk)
-    total = jnp.broadcast_to(jnp.sum(g, axis=-1, keepdims=True), g.shape)
-    found = [jnp.exp(coarse_sums + fine_sums), jnp.exp(sums(g, after)), jnp.exp(total)]
-    found += [sums(coarse, through), sums(g - coarse, through)] if exclusive else []
-    found += [coarse_sums, fine_sums]
+    found = sums(through)
+    if exclusive:
+        reading = sums(np.triu(through, 1))
+        if starts is not None:
+            nothing = jnp.where(starts, as_log_decay(jnp.full((), -jnp.inf), jnp.float32), 0.0)
+            reading[0] += nothing.reshape(batch, 1, length // chunk, 1, chunk)
+        found += reading
     rows = jnp.concatenate(found, axis=3)
     return jnp.pad(rows, [(0, 0)] * 3 + [(0, -rows.shape[3] % 8), (0, 0)])
 
 
 def fixed_of_heads(log_decay, chunk: int, heads: int, exclusive: bool):
-    """between `[packs, heads x C, C]` and columns `[packs, C, 3 heads]` of float32 log decays `[H]`."""
+    """between `[packs, heads x C, C]` and wide `[packs, 3 heads x C, 128]` of float32 log decays `[H]`."""
     packs = log_decay.shape[0] // heads
     t = np.arange(chunk, dtype=np.float32)
     distance = t[:, None] - t - exclusive
     g = log_decay[:, None, None]
     between = jnp.where(distance >= 0, jnp.exp(g * np.maximum(distance, 0)), 0.0)
     counts = np.stack([t if exclusive else t + 1, chunk - 1 - t, np.full(chunk, chunk, np.float32)])
-    columns = jnp.exp(log_decay.reshape(packs, 1, 1, heads) * counts.T[None, :, :, None])
-    return between.reshape(packs, heads * chunk, chunk), columns.reshape(packs, chunk, 3 * heads)
+    decays = jnp.exp(log_decay.reshape(packs, 1, heads, 1) * counts[None, :, None])
+    wide = jnp.broadcast_to(decays.reshape(packs, 3 * heads * chunk, 1), (packs, 3 * heads * chunk, LANES))
+    return between.reshape(packs, heads * chunk, chunk), wide
+
+
+def parts_of(dtype) -> int:
+    return 2 if dtype == jnp.float32 else 1
+
+
+def _first(x, n, parts, pack):
+    """Without a gradient, if it is the first of two parts."""
+    return jax.lax.stop_gradient(x) if parts == 2 and n // pack.heads % 2 == 0 else x

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import product
 from pallas_kernels.mosaic_tpu_halving import halvings, part_at, to_middle
-from pallas_kernels.mosaic_tpu_packs import Pack
+from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side
 
 
 class Tokens(NamedTuple):
@@ -21,7 +21,9 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """fixed: the bonus `[1, keys]`, or None. rows: None, or `[8, C]`: whether a token reads the state and the tokens
+    """The state stands on its side, `[values, keys]`, so that its decays lie along the lanes.
+
+    fixed: the bonus `[1, keys]`, or None. rows: None, or `[8, C]`: whether a token reads the state and the tokens
     before it (1) or its own value alone (0)."""
 
     pack: Pack
@@ -52,13 +54,19 @@ class Body:
                 found = product(read * self.below(decay), k * decay, (1, 1), dtype)
                 scores = jnp.where(part_at(i, j, size), found, scores)
 
-        def inside(head, values):
-            return product(scores[head * length : (head + 1) * length], values, (1, 0), dtype)
+        since, until, total = q * jnp.exp(sums.reading), k * jnp.exp(sums.rest), jnp.exp(sums.total[:1])
 
-        o = pack.by_head(inside, v) + product(q * jnp.exp(sums.reading), state, (1, 0), dtype)
-        written = pack.blocks(product(k * jnp.exp(sums.rest), v, (0, 0), dtype))
-        total = jnp.exp(sums.total).T[:, :1]
-        return total * state + written, (o * self.scale).astype(v.dtype)
+        def weights(head):
+            return scores[head * length : (head + 1) * length]
+
+        states, outs = [], []
+        for lanes in pack.units:
+            values, old = v[:, lanes], state[lanes]
+            o = pack.by_head(lambda head, values=values: product(weights(head), values, (1, 0), dtype), lanes)
+            outs.append(((o + product(since, old, (1, 1), dtype)) * self.scale).astype(v.dtype))
+            written = pack.blocks(product(values, until, (0, 0), dtype), lanes, upright=False)
+            states.append(total * old + written)
+        return jnp.concatenate(states), side_by_side(outs)
 
     def heads_below(self, x):
         heads = [self.pack.of_keys(head, x) for head in range(self.pack.heads)]
