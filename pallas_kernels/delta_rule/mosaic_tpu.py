@@ -12,6 +12,7 @@ from pallas_kernels.mosaic_tpu_chunks import Plan, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import narrow_pack
 
 CHUNK = 64
+STEP = 1
 
 
 def supports(q, k, v, a, b, log_decay, initial_state, segment_ids, scale) -> str | None:
@@ -56,7 +57,7 @@ def run(
     if decay != "vector":
         tokens = tokens._replace(log_decay=None)
     tokens = jax.tree.map(flat, Tokens(*tokens))
-    plan = Plan(chunk, packs, (packs,) * len(jax.tree.leaves(tokens)), keep=q.dtype)
+    plan = Plan(chunk, packs, (packs,) * len(jax.tree.leaves(tokens)), STEP if packs % STEP == 0 else 1, keep=q.dtype)
     body = Body(pack, decay, scale, q.dtype)
     state, o = scan_chunks(body, plan, None, pack.join_states(state), tokens, rows)
     return o[:, :length].reshape(v.shape), pack.part_states(state)

@@ -57,9 +57,10 @@ class Body:
         else:
             tables = self.scalar_tables(reading, writing, rows)
         # Of what a reads, with the inverse of its system; and of what q reads
+        systems = [jax.lax.stop_gradient(table[:length, :length]) for table in tables]
         tables = [
-            ((table[:length], unit_inverse(jax.lax.stop_gradient(table[:length, :length]))), table[length:])
-            for table in tables
+            ((table[:length], inverse), table[length:])
+            for table, inverse in zip(tables, unit_inverses(systems, self.dtype), strict=True)
         ]
 
         columns = rows.T if self.decay == "scalar" else None
@@ -183,18 +184,54 @@ def _solve_bwd(dtype, kept, cotangent):
 solve.defvjp(_solve_fwd, _solve_bwd)
 
 
-def unit_inverse(lower):
-    """(I - lower)^-1 by halves, as `blocks.unit_inverse`: X of blocks twice as long is X + X M X, where M is what lies
-    below the diagonal between the halves of each."""
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, lower.shape, axis) for axis in (0, 1))
-    inverse = jnp.where(i == j, 1.0, jnp.where(part_at(i, j, 1), lower, 0.0))
+def unit_inverses(matrices, dtype):
+    """(I - lower)^-1 of each by halves, as `blocks.unit_inverse`: X of blocks twice as long is X + X M X, where M is what
+    lies below the diagonal between the halves of each. One halving after another of all of them, as one alone would wait
+    for its products."""
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, matrices[0].shape, axis) for axis in (0, 1))
+    inverses = [jnp.where(i == j, 1.0, jnp.where(part_at(i, j, 1), x, 0.0)) for x in matrices]
     size = 2
-    while size < lower.shape[0]:
-        below = jnp.where(part_at(i, j, size), lower, 0.0)
-        below = product(product(inverse, below, (1, 0), jnp.float32), inverse, (1, 0), jnp.float32)
-        inverse = inverse + below
+    while size < i.shape[0]:
+        below = [jnp.where(part_at(i, j, size), x, 0.0) for x in matrices]
+        # Rows of second halves alone, where they are whole registers
+        rows = [_second_halves(x, size) for x in inverses]
+        below = [_exact(x, m, dtype) for x, m in zip(rows, below, strict=True)]
+        below = [_exact(m, x, dtype) for x, m in zip(inverses, below, strict=True)]
+        inverses = [_add_to_second_halves(x, m, size) for x, m in zip(inverses, below, strict=True)]
         size *= 2
-    return inverse
+    return inverses
+
+
+ROWS = 8  # of a register
+
+
+def _second_halves(x, size):
+    if size < ROWS:
+        return x
+    return jnp.concatenate([x[at : at + size] for at in range(size, x.shape[0], 2 * size)])
+
+
+def _add_to_second_halves(x, below, size):
+    if size < ROWS:
+        return x + below
+    parts = []
+    for block, start in enumerate(range(0, x.shape[0], 2 * size)):
+        middle = start + size
+        parts += [x[start:middle], x[middle : middle + size] + below[block * size : (block + 1) * size]]
+    return jnp.concatenate(parts)
+
+
+def _exact(a, b, dtype):
+    """A product of float32 matrices. Where the inputs are bfloat16, of their first 16 bits: three products of bfloat16."""
+    if dtype == jnp.float32:
+        return product(a, b, (1, 0), jnp.float32)
+    (a, of_a), (b, of_b) = _split(a), _split(b)
+    return product(a, b, (1, 0), dtype) + (product(a, of_b, (1, 0), dtype) + product(of_a, b, (1, 0), dtype))
+
+
+def _split(x):
+    first = x.astype(jnp.bfloat16)
+    return first, (x - first.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def rows_of_tokens(log_decay, chunk: int, heads: int):

@@ -15,6 +15,7 @@ from pallas_kernels.segments import document_starts
 CHUNK = 128
 VECTOR_CHUNK = 64
 SHARED = 512
+STEP = 1
 
 
 def supports(q, k, v, log_decay, initial_state, segment_ids, scale, bonus=None) -> str | None:
@@ -87,7 +88,8 @@ def run(
                 log_decay, starts, chunk, pack.heads, exclusive, scalars.parts_of(q.dtype)
             )
     tokens = jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tokens)
-    plan = Plan(chunk, packs, parts, keep=q.dtype)
+    step = STEP if not pack.shared and packs % STEP == 0 else 1
+    plan = Plan(chunk, packs, parts, step, keep=q.dtype)
     state, o = scan_chunks(body, plan, fixed, pack.join_states(state, upright=not vector), tokens, rows)
     return o.reshape(v.shape)[:, :length], pack.part_states(state, upright=not vector)
 
