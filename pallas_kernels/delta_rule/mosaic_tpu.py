@@ -1,15 +1,20 @@
 """The delta rule on a TPU by Pallas kernels (Mosaic), forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices
+from pallas_kernels.delta_rule.chunked import chunked
 from pallas_kernels.delta_rule.mosaic_tpu_chunk import Body, Tokens, rows_of_tokens
 from pallas_kernels.delta_rule.reference import first_state, mark_documents
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import Plan, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import narrow_pack
+from pallas_kernels.mosaic_tpu_step import step
 
 CHUNK = 64
 STEP = 1
@@ -38,6 +43,8 @@ def run(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """See `delta_rule`. Any T: what is left over of whole chunks is filled up with tokens that change nothing."""
     batch, length, heads, _ = v.shape
+    if length == 1:
+        return _step(scale, q, k, v, a, b, log_decay, initial_state, segment_ids)
     chunk = CHUNK
     state = first_state(q, v, initial_state)
     decay = "vector" if log_decay is not None and log_decay.ndim == 4 else "scalar"
@@ -61,3 +68,30 @@ def run(
     body = Body(pack, decay, scale, q.dtype)
     state, o = scan_chunks(body, plan, None, pack.join_states(state), tokens, rows)
     return o[:, :length].reshape(v.shape), pack.part_states(state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _step(scale, q, k, v, a, b, log_decay, initial_state, segment_ids):
+    """One token; its gradients are those of `chunked`."""
+    tokens = mark_documents(q, k, v, a, b, log_decay, segment_ids)
+    q, k, value, a, b, log_decay = (x[:, 0].astype(jnp.float32) for x in tokens)
+    q = q * scale
+    keep = jnp.broadcast_to(jnp.exp(log_decay), k.shape)
+    own, own_u = jnp.sum(q * k, axis=-1), jnp.sum(q * b, axis=-1)
+    state = first_state(tokens.q, v, initial_state)
+    state, o = step(state, q * keep, k, value, keep, own, (a, b, own_u))
+    return o[:, None].astype(v.dtype), state
+
+
+def _step_fwd(scale, *arguments):
+    return _step(scale, *arguments), arguments
+
+
+def _step_bwd(scale, arguments, cotangents):
+    *floats, segment_ids = arguments
+    _, pull = jax.vjp(lambda *floats: chunked(*floats, segment_ids, scale), *floats)
+    none = None if segment_ids is None else np.zeros(segment_ids.shape, jax.dtypes.float0)
+    return *pull(cotangents), none
+
+
+_step.defvjp(_step_fwd, _step_bwd)

@@ -1,15 +1,20 @@
 """Linear attention on a TPU by Pallas kernels (Mosaic), forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices
 from pallas_kernels.linear_attention import mosaic_tpu_scalar as scalars
 from pallas_kernels.linear_attention import mosaic_tpu_vector as vectors
-from pallas_kernels.linear_attention.reference import as_log_decay, empty_state, for_each_head
+from pallas_kernels.linear_attention.chunked import chunked
+from pallas_kernels.linear_attention.reference import as_log_decay, empty_state, for_each_head, token_inputs
 from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import Pack, narrow_pack
+from pallas_kernels.mosaic_tpu_step import step
 from pallas_kernels.segments import document_starts
 
 CHUNK = 128
@@ -40,6 +45,8 @@ def run(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """See `linear_attention`. Any T: what is left over of whole chunks is filled up with tokens that change nothing."""
     batch, length, heads, _ = v.shape
+    if length == 1:
+        return _step(scale, q, k, v, log_decay, initial_state, segment_ids, bonus)
     exclusive, starts = bonus is not None, None
     state = empty_state(q, v) if initial_state is None else initial_state.astype(jnp.float32)
     vector = log_decay is not None and log_decay.ndim == 4
@@ -88,10 +95,45 @@ def run(
                 log_decay, starts, chunk, pack.heads, exclusive, scalars.parts_of(q.dtype)
             )
     tokens = jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tokens)
-    step = STEP if not pack.shared and packs % STEP == 0 else 1
-    plan = Plan(chunk, packs, parts, step, keep=q.dtype)
+    at_once = STEP if not pack.shared and packs % STEP == 0 else 1
+    plan = Plan(chunk, packs, parts, at_once, keep=q.dtype)
     state, o = scan_chunks(body, plan, fixed, pack.join_states(state, upright=not vector), tokens, rows)
     return o.reshape(v.shape)[:, :length], pack.part_states(state, upright=not vector)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _step(scale, q, k, v, log_decay, initial_state, segment_ids, bonus):
+    """One token; its gradients are those of `chunked`."""
+    starts, valid = (None, None) if segment_ids is None else document_starts(segment_ids)
+    tokens = token_inputs(q, k, v, log_decay, starts, valid, scale, bonus)
+    read, k, v_token, keep, valid, own = jax.tree.map(lambda x: x[:, 0], tokens)
+    state = empty_state(q, v) if initial_state is None else initial_state.astype(jnp.float32)
+    keep = jnp.broadcast_to(keep, k.shape)
+    if own is None:  # reads the new state, that is the old one and itself
+        read, own = read * keep, jnp.sum(read * k, axis=-1)
+    if valid is not None:
+        valid = valid[:, None]  # like [B, T]
+        read, k, own, keep = (
+            _where(valid, x[:, None], other)[:, 0] for x, other in ((read, 0), (k, 0), (own, 0), (keep, 1))
+        )
+    state, o = step(state, read, k, v_token, keep, own)
+    return o[:, None].astype(v.dtype), state
+
+
+def _step_fwd(scale, q, k, v, log_decay, initial_state, segment_ids, bonus):
+    arguments = q, k, v, log_decay, initial_state, segment_ids, bonus
+    return _step(scale, *arguments), arguments
+
+
+def _step_bwd(scale, arguments, cotangents):
+    *floats, segment_ids, bonus = arguments
+    _, pull = jax.vjp(lambda *floats: chunked(*floats[:-1], segment_ids, scale, floats[-1]), *floats, bonus)
+    *found, of_bonus = pull(cotangents)
+    none = None if segment_ids is None else np.zeros(segment_ids.shape, jax.dtypes.float0)
+    return *found, none, of_bonus
+
+
+_step.defvjp(_step_fwd, _step_bwd)
 
 
 def _pack(q, v, vector):
@@ -109,5 +151,5 @@ def _like(mask, x):
     return mask.reshape(mask.shape + (1,) * (x.ndim - 2))
 
 
-def _where(mask, x):
-    return jnp.where(_like(mask, x), x, jnp.zeros((), x.dtype))
+def _where(mask, x, other=0):
+    return jnp.where(_like(mask, x), x, jnp.asarray(other, x.dtype))
