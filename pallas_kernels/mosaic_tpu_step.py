@@ -13,9 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_tpu_chunks import VMEM_LIMIT, product
+from pallas_kernels.mosaic_tpu_chunks import VMEM_LIMIT
 
 SUBLANES = 8
+UNROLL = 1
 A, READ, B, K, KEEP, OWN_U, OWN_V = range(7)
 
 
@@ -57,17 +58,23 @@ def _heads(heads: int) -> int:
 
 
 def _kernel(delta, state, rows, v, new, o):
-    for head in range(state.shape[0]):
-        old, vectors, value = state[head], rows[head], v[head : head + 1]
+    def of_head(head, _):
+        old, vectors, value = state[head], rows[head], v[pl.ds(head, 1)]
         columns = vectors.T
 
-        def reads(row, old=old, columns=columns):
-            return jnp.sum(columns[:, row : row + 1] * old, axis=0, keepdims=True)
+        def column(row):
+            return columns[:, row : row + 1]
 
-        u = reads(A) if delta else jnp.zeros_like(value)
-        own = vectors[OWN_U : OWN_U + 1, :1] * u + vectors[OWN_V : OWN_V + 1, :1] * value
-        o[head : head + 1] = reads(READ) + own
-        # What is written: rows B and K, the others 0
-        place = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, value.shape[1]), 0)
-        written = jnp.where(place == B, u, jnp.where(place == K, value, 0.0))
-        new[head] = columns[:, KEEP : KEEP + 1] * old + product(vectors, written, (0, 0), jnp.float32)
+        def scalar(row):
+            return vectors[row : row + 1, :1]
+
+        out = jnp.sum(column(READ) * old, axis=0, keepdims=True) + scalar(OWN_V) * value
+        now = column(KEEP) * old + column(K) * value
+        if delta:
+            u = jnp.sum(column(A) * old, axis=0, keepdims=True)
+            out, now = out + scalar(OWN_U) * u, now + column(B) * u
+        o[pl.ds(head, 1)] = out
+        new[head] = now
+
+    # A loop: written out for all heads the compiler takes them up at once and runs out of registers.
+    jax.lax.fori_loop(0, state.shape[0], of_head, None, unroll=UNROLL)
