@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices
-from pallas_kernels.delta_rule.chunked import chunked
+from pallas_kernels.delta_rule import chunked
 from pallas_kernels.delta_rule.mosaic_tpu_chunk import Body, Tokens, rows_of_tokens
 from pallas_kernels.delta_rule.reference import first_state, mark_documents
 from pallas_kernels.linear_attention.reference import as_log_decay
@@ -89,7 +89,7 @@ def _step_fwd(scale, *arguments):
 
 def _step_bwd(scale, arguments, cotangents):
     *floats, segment_ids = arguments
-    _, pull = jax.vjp(lambda *floats: chunked(*floats, segment_ids, scale), *floats)
+    _, pull = jax.vjp(lambda *floats: chunked.run(*floats, segment_ids, scale), *floats)
     none = None if segment_ids is None else np.zeros(segment_ids.shape, jax.dtypes.float0)
     return *pull(cotangents), none
 

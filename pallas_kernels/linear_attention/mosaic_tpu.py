@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import devices
 from pallas_kernels.linear_attention import mosaic_tpu_scalar as scalars
 from pallas_kernels.linear_attention import mosaic_tpu_vector as vectors
-from pallas_kernels.linear_attention.chunked import chunked
+from pallas_kernels.linear_attention import chunked
 from pallas_kernels.linear_attention.reference import as_log_decay, empty_state, for_each_head, token_inputs
 from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import Pack, narrow_pack
@@ -127,7 +127,7 @@ def _step_fwd(scale, q, k, v, log_decay, initial_state, segment_ids, bonus):
 
 def _step_bwd(scale, arguments, cotangents):
     *floats, segment_ids, bonus = arguments
-    _, pull = jax.vjp(lambda *floats: chunked(*floats[:-1], segment_ids, scale, floats[-1]), *floats, bonus)
+    _, pull = jax.vjp(lambda *floats: chunked.run(*floats[:-1], segment_ids, scale, floats[-1]), *floats, bonus)
     *found, of_bonus = pull(cotangents)
     none = None if segment_ids is None else np.zeros(segment_ids.shape, jax.dtypes.float0)
     return *found, none, of_bonus

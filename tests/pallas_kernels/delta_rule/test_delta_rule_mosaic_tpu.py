@@ -1,0 +1,40 @@
+"""The TPU's kernels, simulated: memory spaces, copies and semaphores, with races looked for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conformance_suite import conformance_tests
+from pallas_kernels import devices
+from pallas_kernels.delta_rule import conformance, delta_rule
+from pallas_kernels.delta_rule.shapes import Shape
+from pallas_kernels.tolerances import TOLERANCE
+
+simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
+
+
+class TestDeltaRule(conformance_tests(conformance.SUITE)):
+    implementation = "mosaic_tpu"
+    run_twice = frozenset({"packed", "one token"})
+
+    def device(self):
+        return simulated()
+
+
+@pytest.mark.parametrize("decay", ["none", "vector"])
+def test_bfloat16(decay):
+    case = conformance.Case(shape=Shape(B=1, T=140, H=2, K=64, V=64, decay=decay), keys="alike")
+    with simulated():
+        for what, error, kind in conformance.SUITE.errors(case, "mosaic_tpu", jnp.bfloat16, twice=False):
+            assert error <= TOLERANCE[kind], f"{what}: {error:.2e} ({kind})"
+
+
+def test_says_what_it_does_not_support():
+    q = jnp.zeros((1, 4, 1, 16))
+    with pytest.raises(ValueError, match="needs a TPU"):
+        delta_rule(q, q, q, q, q, implementation="mosaic_tpu")
+    half = q.astype(jnp.float16)
+    with simulated(), pytest.raises(ValueError, match="float16"):
+        delta_rule(half, half, half, half, half, implementation="mosaic_tpu")
+    jax.eval_shape(delta_rule, q, q, q, q, q)  # by default another one is taken
