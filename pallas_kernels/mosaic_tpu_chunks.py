@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 Tree = Any
+Block = tuple[Tree, jax.Array, Tree, Tree]
 LANES = 128
 VMEM_LIMIT = 48 * 2**20  # bytes; the smallest fast memory among the generations aimed at holds 64 MiB
 
@@ -38,16 +39,17 @@ class Plan:
 
 
 def scan_chunks(
-    body: Callable[[Tree, jax.Array, Tree, Tree], tuple[jax.Array, jax.Array]],
+    body: Callable[[list[Block]], list[tuple[jax.Array, jax.Array]]],
     plan: Plan,
     fixed: Tree,
     state: jax.Array,
     tokens: Tree,
     rows: Tree,
 ) -> tuple[jax.Array, jax.Array]:
-    """state, o of a chunk = body(fixed, state, tokens of the chunk, rows of the chunk): (the last state, o).
+    """[(state, o)] of a chunk = body([(fixed, state, tokens of the chunk, rows of the chunk)]): (the last state, o).
 
-    body: hashable; a function of its arguments alone, for one pack, in operations on matrices that Mosaic knows.
+    body: hashable; a function of its argument alone, a list of one or more packs, in operations on matrices that Mosaic
+    knows. It has a `name`.
     fixed: `[packs, ., .]` each, what all chunks have in common. state: float32 `[B, packs, K, V]`. tokens:
     `[B, T, width]` each, T a multiple of the chunk; the body sees `[chunk, width / part]`. rows: `[B, packs, T / chunk,
     ., .]` each, what lies with the tokens along the lanes or belongs to a chunk as a whole. In all of these None may stand
@@ -93,7 +95,7 @@ def _forward(body, plan, fixed, state, tokens, rows, keep):
     """(the last state, o, the states before all chunks `[B, packs, chunks, K, V]` or None)."""
     specs = _Specs(plan, tokens, lambda c: c)
     block = specs.blocks(fixed, state, tokens, rows)
-    last, out = jax.eval_shape(body, *block)
+    ((last, out),) = jax.eval_shape(body, [block])
     kept = (specs.batch, plan.packs, specs.chunks, *last.shape)
     results = (
         (jax.ShapeDtypeStruct((specs.batch, plan.packs, *last.shape), last.dtype), specs.of_state(last.shape)),
@@ -109,11 +111,10 @@ def _forward(body, plan, fixed, state, tokens, rows, keep):
         def _():
             state[...] = first[...]
 
-        for pack in range(plan.step):
-            now = state[pack]
-            if keep:
-                before[pack] = now.astype(before.dtype)
-            now, out = body(*_of_pack(plan, pack, fixed, now, tokens, rows))
+        if keep:
+            before[...] = state[...].astype(before.dtype)
+        blocks = [_of_pack(plan, pack, fixed, state[pack], tokens, rows) for pack in range(plan.step)]
+        for pack, (now, out) in enumerate(body(blocks)):
             state[pack] = now
             o[:, _lanes(o, plan.step, pack)] = out
 
@@ -156,10 +157,13 @@ def _backward(body, plan, fixed, before, tokens, rows, d_last, d_out):
             for ref in jax.tree.leaves(d_fixed):
                 ref[...] = jnp.zeros_like(ref)
 
-        for pack in range(plan.step):
-            block = _of_pack(plan, pack, fixed, before[pack].astype(d_state.dtype), tokens, rows)
-            _, pull = jax.vjp(body, *block)
-            found = pull((d_state[pack], d_out[:, _lanes(d_out, plan.step, pack)]))
+        blocks = [
+            _of_pack(plan, pack, fixed, before[pack].astype(d_state.dtype), tokens, rows)
+            for pack in range(plan.step)
+        ]
+        _, pull = jax.vjp(body, blocks)
+        cotangents = [(d_state[pack], d_out[:, _lanes(d_out, plan.step, pack)]) for pack in range(plan.step)]
+        for pack, found in enumerate(pull(cotangents)[0]):
             for ref, value in zip(jax.tree.leaves(d_fixed), jax.tree.leaves(found[0]), strict=True):
                 ref[pack] += value
             d_state[pack] = found[1]

@@ -53,10 +53,35 @@ def in_second_half(x, size):
     return jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & size != 0
 
 
-def part_at(i, j, size):
-    """Whether token i > j is in the second half of a block of 2 x size, and j in the first half of the same."""
-    apart = i ^ j
-    return (i > j) & (apart >= size) & (apart < 2 * size)
+def parting(i, j):
+    """Of the pairs of token i after token j a number that `part_at` takes, of the others 0."""
+    return jnp.where(i > j, i ^ j, 0)
+
+
+def part_at(pairs, size):
+    """Whether i is in the second half of a block of 2 x size tokens, and j in the first half of the same."""
+    return pairs & -size == size
+
+
+ROWS = 8  # of a register
+
+
+def second_halves(x: jax.Array, size: int) -> jax.Array:
+    """The rows that are in second halves of blocks of 2 x size; all of them, where those are no whole registers."""
+    if size < ROWS:
+        return x
+    parts = [x[start : start + size] for start in range(size, x.shape[0], 2 * size)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def with_second_halves(x: jax.Array, rows: jax.Array, size: int) -> jax.Array:
+    """x with these for its `second_halves`."""
+    if size < ROWS:
+        return rows
+    parts = []
+    for block, start in enumerate(range(0, x.shape[0], 2 * size)):
+        parts += [x[start : start + size], rows[block * size : (block + 1) * size]]
+    return jnp.concatenate(parts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -59,7 +59,7 @@ def run(
 
     packs, rows = heads // pack.heads, None
     if decay == "scalar":
-        gates = flat(as_log_decay(tokens.log_decay, jnp.float32))
+        gates = flat(as_log_decay(tokens.log_decay, np.dtype(np.float32)))
         rows = rows_of_tokens(gates, chunk, pack.heads)
     if decay != "vector":
         tokens = tokens._replace(log_decay=None)

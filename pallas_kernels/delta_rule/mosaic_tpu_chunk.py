@@ -14,7 +14,14 @@ import numpy as np
 
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import product
-from pallas_kernels.mosaic_tpu_halving import halvings, part_at, to_middle
+from pallas_kernels.mosaic_tpu_halving import (
+    halvings,
+    part_at,
+    parting,
+    second_halves,
+    to_middle,
+    with_second_halves,
+)
 from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side
 
 
@@ -48,21 +55,31 @@ class Body:
     def name(self):
         return f"delta_rule_{self.decay}"
 
-    def __call__(self, fixed, state, tokens: Tokens, rows):
-        v, length = tokens.v, tokens.v.shape[0]
-        reading, writing = jnp.concatenate([tokens.a, tokens.q]), jnp.concatenate([tokens.b, tokens.k])
-        since, until, total = reading, writing, None
-        if self.decay == "vector":
-            tables, since, until, total = self.vector_tables(tokens, reading, writing)
-        else:
-            tables = self.scalar_tables(reading, writing, rows)
-        # Of what a reads, with the inverse of its system; and of what q reads
-        systems = [jax.lax.stop_gradient(table[:length, :length]) for table in tables]
-        tables = [
-            ((table[:length], inverse), table[length:])
-            for table, inverse in zip(tables, unit_inverses(systems, self.dtype), strict=True)
+    def __call__(self, blocks):
+        scored = [self.scores(tokens, rows) for _, _, tokens, rows in blocks]
+        # All heads of all packs together, as one alone would wait for its products
+        length, heads = blocks[0][2].v.shape[0], self.pack.heads
+        lower = [jax.lax.stop_gradient(table[:length, :length]) for tables, *_ in scored for table in tables]
+        inverses = unit_inverses(lower, self.dtype)
+        return [
+            self.results(*block[1:], inverses[number * heads : (number + 1) * heads], *found)
+            for number, (block, found) in enumerate(zip(blocks, scored, strict=True))
         ]
 
+    def scores(self, tokens, rows):
+        """The tables of each head; what reads the state before the chunk, what writes the one after it, and the decay
+        between them (None: not here)."""
+        reading, writing = jnp.concatenate([tokens.a, tokens.q]), jnp.concatenate([tokens.b, tokens.k])
+        if self.decay == "vector":
+            return self.vector_tables(tokens, reading, writing)
+        return self.scalar_tables(reading, writing, rows), reading, writing, None
+
+    def results(self, state, tokens, rows, inverses, tables, since, until, total):
+        v, length = tokens.v, tokens.v.shape[0]
+        # Of what a reads, with the inverse of its system; and of what q reads
+        tables = [
+            ((table[:length], inverse), table[length:]) for table, inverse in zip(tables, inverses, strict=True)
+        ]
         columns = rows.T if self.decay == "scalar" else None
         by_units = [
             self.unit(lanes, tables, state[:, lanes], v[:, lanes], since, until, total, columns)
@@ -127,7 +144,7 @@ class Body:
         """Of each head `[2 C, 2 C]`; and the reading and the writing vectors as they meet the state before and after the
         chunk, and the decay of the state, `[keys, 1]`."""
         heads, length = self.pack.heads, tokens.v.shape[0]
-        log_decay = as_log_decay(tokens.log_decay, jnp.float32)
+        log_decay = as_log_decay(tokens.log_decay, np.dtype(np.float32))
         own = self.heads_below(reading)
         size = (own.shape[0], 2 * length)
         reader, i, j = _place(length, size)
@@ -136,13 +153,15 @@ class Body:
         token = jnp.exp(log_decay)
         read = reading.astype(jnp.float32) * jnp.concatenate([jnp.ones_like(token), token])
         stacked, writing = self.heads_below(read), writing.astype(jnp.float32)
+        pairs = parting(i, j)
         for half, sums in halvings(log_decay, exclusive=True):
             if half < length:
                 decay = to_middle(sums, half)
-                both = jnp.concatenate([decay] * 2)
-                later = stacked * (both if heads == 1 else jnp.concatenate([both] * heads))
-                found = product(later, writing * both, (1, 1), self.dtype)
-                scores = jnp.where(part_at(i, j, half), found, scores)
+                both = jnp.concatenate([second_halves(decay, half)] * (2 * heads))
+                later = second_halves(stacked, half) * both
+                found = product(later, writing * jnp.concatenate([decay] * 2), (1, 1), self.dtype)
+                parts = part_at(second_halves(pairs, half), half)
+                scores = with_second_halves(scores, jnp.where(parts, found, second_halves(scores, half)), half)
         tables = [scores[head * 2 * length : (head + 1) * 2 * length] for head in range(heads)]
         since = read * jnp.concatenate([jnp.exp(sums.reading)] * 2)
         until = writing * jnp.concatenate([jnp.exp(sums.rest)] * 2)
@@ -189,36 +208,19 @@ def unit_inverses(matrices, dtype):
     lies below the diagonal between the halves of each. One halving after another of all of them, as one alone would wait
     for its products."""
     i, j = (jax.lax.broadcasted_iota(jnp.int32, matrices[0].shape, axis) for axis in (0, 1))
-    inverses = [jnp.where(i == j, 1.0, jnp.where(part_at(i, j, 1), x, 0.0)) for x in matrices]
+    pairs = parting(i, j)
+    inverses = [jnp.where(i == j, 1.0, jnp.where(part_at(pairs, 1), x, 0.0)) for x in matrices]
     size = 2
     while size < i.shape[0]:
-        below = [jnp.where(part_at(i, j, size), x, 0.0) for x in matrices]
-        # Rows of second halves alone, where they are whole registers
-        rows = [_second_halves(x, size) for x in inverses]
+        below = [jnp.where(part_at(pairs, size), x, 0.0) for x in matrices]
+        rows = [second_halves(x, size) for x in inverses]
         below = [_exact(x, m, dtype) for x, m in zip(rows, below, strict=True)]
         below = [_exact(m, x, dtype) for x, m in zip(inverses, below, strict=True)]
-        inverses = [_add_to_second_halves(x, m, size) for x, m in zip(inverses, below, strict=True)]
+        inverses = [
+            with_second_halves(x, row + m, size) for x, row, m in zip(inverses, rows, below, strict=True)
+        ]
         size *= 2
     return inverses
-
-
-ROWS = 8  # of a register
-
-
-def _second_halves(x, size):
-    if size < ROWS:
-        return x
-    return jnp.concatenate([x[at : at + size] for at in range(size, x.shape[0], 2 * size)])
-
-
-def _add_to_second_halves(x, below, size):
-    if size < ROWS:
-        return x + below
-    parts = []
-    for block, start in enumerate(range(0, x.shape[0], 2 * size)):
-        middle = start + size
-        parts += [x[start:middle], x[middle : middle + size] + below[block * size : (block + 1) * size]]
-    return jnp.concatenate(parts)
 
 
 def _exact(a, b, dtype):

@@ -53,14 +53,15 @@ def run(
     chunk = VECTOR_CHUNK if vector else CHUNK
     missing = -length % chunk
     if not vector and log_decay is not None:
-        log_decay = as_log_decay(log_decay, jnp.float32)
+        log_decay = as_log_decay(log_decay, np.dtype(np.float32))
     if segment_ids is not None or (missing and not vector and log_decay is not None):
         # No decay in padding, so that one a head will not do
         log_decay = jnp.zeros(heads) if log_decay is None else log_decay
         log_decay = log_decay if vector else jnp.broadcast_to(log_decay, v.shape[:3])
     if segment_ids is not None:
         starts, valid = document_starts(segment_ids)
-        nothing = as_log_decay(jnp.full((), -jnp.inf, log_decay.dtype), log_decay.dtype)
+        nothing = jnp.full((), -jnp.inf, log_decay.dtype)
+        nothing = nothing if vector else as_log_decay(nothing, np.dtype(np.float32))
         log_decay = _where(valid, jnp.where(_like(starts, log_decay), nothing, log_decay))
         q, k = _where(valid, q), _where(valid, k)
         starts = starts if exclusive else None

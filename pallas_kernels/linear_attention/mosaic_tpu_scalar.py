@@ -48,7 +48,10 @@ class Body:
     def name(self):
         return "linear_attention_scalar"
 
-    def __call__(self, fixed: Fixed, state, tokens: Tokens, rows):
+    def __call__(self, blocks):
+        return [self.pack_of_heads(*block) for block in blocks]
+
+    def pack_of_heads(self, fixed: Fixed, state, tokens: Tokens, rows):
         pack, dtype = self.pack, self.dtype
         q, k, v = tokens
         length = q.shape[0]

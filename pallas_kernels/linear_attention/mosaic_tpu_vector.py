@@ -5,10 +5,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import product
-from pallas_kernels.mosaic_tpu_halving import halvings, part_at, to_middle
+from pallas_kernels.mosaic_tpu_halving import (
+    halvings,
+    part_at,
+    parting,
+    second_halves,
+    to_middle,
+    with_second_halves,
+)
 from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side
 
 
@@ -35,10 +43,13 @@ class Body:
     def name(self):
         return "linear_attention_vector"
 
-    def __call__(self, fixed, state, tokens: Tokens, rows):
+    def __call__(self, blocks):
+        return [self.pack_of_heads(*block) for block in blocks]
+
+    def pack_of_heads(self, fixed, state, tokens: Tokens, rows):
         pack, dtype = self.pack, self.dtype
         q, k = tokens.q.astype(jnp.float32), tokens.k.astype(jnp.float32)
-        v, log_decay = tokens.v, as_log_decay(tokens.log_decay, jnp.float32)
+        v, log_decay = tokens.v, as_log_decay(tokens.log_decay, np.dtype(np.float32))
         length = q.shape[0]
         # The queries of all heads below one another, so that one product makes all their scores
         own = self.heads_below(q if fixed is None else q * fixed)
@@ -47,13 +58,14 @@ class Body:
         read = self.heads_below(q)
         i = jax.lax.broadcasted_iota(jnp.int32, (read.shape[0], length), 0) & (length - 1)
         j = jax.lax.broadcasted_iota(jnp.int32, (read.shape[0], length), 1)
-        scores = jnp.where(i == j, product(own, k, (1, 1), dtype), 0.0)
+        scores, pairs = jnp.where(i == j, product(own, k, (1, 1), dtype), 0.0), parting(i, j)
         for size, sums in halvings(log_decay, self.exclusive):
             if size < length:
                 decay = to_middle(sums, size)
-                found = product(read * self.below(decay), k * decay, (1, 1), dtype)
-                scores = jnp.where(part_at(i, j, size), found, scores)
-
+                later = second_halves(read, size) * self.below(second_halves(decay, size))
+                found = product(later, k * decay, (1, 1), dtype)
+                parts = part_at(second_halves(pairs, size), size)
+                scores = with_second_halves(scores, jnp.where(parts, found, second_halves(scores, size)), size)
         since, until, total = q * jnp.exp(sums.reading), k * jnp.exp(sums.rest), jnp.exp(sums.total[:1])
 
         def weights(head):
