@@ -74,7 +74,8 @@ class Pack:
         if self.shared:
             state = jnp.swapaxes(state, 2, 3)
         elif self.heads > 1:
-            state = state[:, :, :, :, None] * jnp.eye(self.heads, dtype=state.dtype)[:, None, :, None]
+            same = jnp.eye(self.heads, dtype=state.dtype)[None, None, :, None, :, None]
+            state = state[:, :, :, :, None] * same
         state = state.reshape(batch, -1, self.keys, self.values)
         return state if upright else jnp.swapaxes(state, 2, 3)
 

@@ -141,7 +141,7 @@ def rows_of_tokens(log_decay, starts, chunk: int, heads: int, exclusive: bool, p
     if exclusive:
         reading = sums(np.triu(through, 1))
         if starts is not None:
-            nothing = jnp.where(starts, as_log_decay(jnp.full((), -jnp.inf), jnp.float32), 0.0)
+            nothing = jnp.where(starts, as_log_decay(jnp.full((), -jnp.inf), np.dtype(np.float32)), 0.0)
             reading[0] += nothing.reshape(batch, 1, length // chunk, 1, chunk)
         found += reading
     rows = jnp.concatenate(found, axis=3)
@@ -152,7 +152,7 @@ def fixed_of_heads(log_decay, chunk: int, heads: int, exclusive: bool):
     """between `[packs, heads x C, C]` and wide `[packs, 3 heads x C, 128]` of float32 log decays `[H]`."""
     packs = log_decay.shape[0] // heads
     t = np.arange(chunk, dtype=np.float32)
-    distance = t[:, None] - t - exclusive
+    distance = (t[:, None] - t - exclusive)[None]
     g = log_decay[:, None, None]
     between = jnp.where(distance >= 0, jnp.exp(g * np.maximum(distance, 0)), 0.0)
     counts = np.stack([t if exclusive else t + 1, chunk - 1 - t, np.full(chunk, chunk, np.float32)])
