@@ -268,6 +268,11 @@ def _lanes(ref, step, pack):
     return slice(pack * width, (pack + 1) * width)
 
 
+def divisor(count: int, most: int) -> int:
+    """The largest divisor of `count` that is at most `most`."""
+    return next(n for n in range(min(count, most), 0, -1) if count % n == 0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: Any) -> jax.Array:
     """A product of matrices over one axis of each, in float32: of operands in this dtype, backward too."""

@@ -12,12 +12,12 @@ from pallas_kernels.delta_rule import chunked
 from pallas_kernels.delta_rule.mosaic_tpu_chunk import Body, Tokens, rows_of_tokens
 from pallas_kernels.delta_rule.reference import first_state, mark_documents
 from pallas_kernels.linear_attention.reference import as_log_decay
-from pallas_kernels.mosaic_tpu_chunks import Plan, scan_chunks
+from pallas_kernels.mosaic_tpu_chunks import Plan, divisor, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import narrow_pack
 from pallas_kernels.mosaic_tpu_step import step
 
-CHUNK = 64
-STEP = 1
+CHUNK = 64  # two of them fill the lanes: see `mosaic_tpu_chunk`
+AT_ONCE = 4  # heads that one step of the grid works on, so that their triangular systems can be solved together
 
 
 def supports(q, k, v, a, b, log_decay, initial_state, segment_ids, scale) -> str | None:
@@ -60,11 +60,12 @@ def run(
     packs, rows = heads // pack.heads, None
     if decay == "scalar":
         gates = flat(as_log_decay(tokens.log_decay, np.dtype(np.float32)))
-        rows = rows_of_tokens(gates, chunk, pack.heads)
+        rows = rows_of_tokens(gates, chunk, pack.heads, q.dtype)
     if decay != "vector":
         tokens = tokens._replace(log_decay=None)
     tokens = jax.tree.map(flat, Tokens(*tokens))
-    plan = Plan(chunk, packs, (packs,) * len(jax.tree.leaves(tokens)), STEP if packs % STEP == 0 else 1, keep=q.dtype)
+    at_once = divisor(packs, max(AT_ONCE // pack.heads, 1))
+    plan = Plan(chunk, packs, (packs,) * len(jax.tree.leaves(tokens)), at_once, keep=q.dtype)
     body = Body(pack, decay, scale, q.dtype)
     state, o = scan_chunks(body, plan, None, pack.join_states(state), tokens, rows)
     return o[:, :length].reshape(v.shape), pack.part_states(state)

@@ -14,6 +14,8 @@ import numpy as np
 
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import product
+from pallas_kernels.mosaic_tpu_gates import Gates
+from pallas_kernels.mosaic_tpu_gates import rows_of_tokens as gated_rows
 from pallas_kernels.mosaic_tpu_halving import (
     halvings,
     part_at,
@@ -22,7 +24,7 @@ from pallas_kernels.mosaic_tpu_halving import (
     to_middle,
     with_second_halves,
 )
-from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side
+from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side, spread
 
 
 class Tokens(NamedTuple):
@@ -36,15 +38,9 @@ class Tokens(NamedTuple):
     log_decay: Any
 
 
-# What stands in the rows of a chunk, one of each for each head; along the lanes the C tokens twice, once for a and once
-# for q, or for b and for k: the decays from the state before to what is read, from what is written to the state after,
-# and of the whole chunk; running sums of log decays in two parts (see `linear_attention.chunked._running_sums`).
-SINCE, UNTIL, TOTAL, COARSE, FINE, READING_COARSE, READING_FINE = range(7)
-
-
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """decay: "none", "scalar" (in `rows`, `[7 heads, 2 C]`, filled up to a multiple of 8) or "vector" (in the tokens)."""
+    """decay: "none", "scalar" (in `rows`, see `Gates`) or "vector" (in the tokens)."""
 
     pack: Pack
     decay: str
@@ -56,44 +52,49 @@ class Body:
         return f"delta_rule_{self.decay}"
 
     def __call__(self, blocks):
-        scored = [self.scores(tokens, rows) for _, _, tokens, rows in blocks]
+        scalar = self.decay == "scalar"
+        gates = [Gates(rows, self.pack.heads, 2, self.dtype) if scalar else None for *_, rows in blocks]
+        scored = [self.scores(tokens, of_pack) for (_, _, tokens, _), of_pack in zip(blocks, gates, strict=True)]
         # All heads of all packs together, as one alone would wait for its products
         length, heads = blocks[0][2].v.shape[0], self.pack.heads
         lower = [jax.lax.stop_gradient(table[:length, :length]) for tables, *_ in scored for table in tables]
         inverses = unit_inverses(lower, self.dtype)
         return [
-            self.results(*block[1:], inverses[number * heads : (number + 1) * heads], *found)
-            for number, (block, found) in enumerate(zip(blocks, scored, strict=True))
+            self.results(state, tokens.v, of_pack, inverses[number * heads : (number + 1) * heads], *found)
+            for number, ((_, state, tokens, _), of_pack, found) in enumerate(zip(blocks, gates, scored, strict=True))
         ]
 
-    def scores(self, tokens, rows):
+    def scores(self, tokens, gates):
         """The tables of each head; what reads the state before the chunk, what writes the one after it, and the decay
         between them (None: not here)."""
         reading, writing = jnp.concatenate([tokens.a, tokens.q]), jnp.concatenate([tokens.b, tokens.k])
         if self.decay == "vector":
             return self.vector_tables(tokens, reading, writing)
-        return self.scalar_tables(reading, writing, rows), reading, writing, None
+        return self.scalar_tables(reading, writing, gates), reading, writing, None
 
-    def results(self, state, tokens, rows, inverses, tables, since, until, total):
-        v, length = tokens.v, tokens.v.shape[0]
+    def results(self, state, v, gates, inverses, tables, since, until, total):
+        length = v.shape[0]
         # Of what a reads, with the inverse of its system; and of what q reads
         tables = [
             ((table[:length], inverse), table[length:]) for table, inverse in zip(tables, inverses, strict=True)
         ]
-        columns = rows.T if self.decay == "scalar" else None
         by_units = [
-            self.unit(lanes, tables, state[:, lanes], v[:, lanes], since, until, total, columns)
+            self.unit(lanes, tables, state[:, lanes], v[:, lanes], since, until, total, gates)
             for lanes in self.pack.units
         ]
         states, outs = zip(*by_units, strict=True)
         return side_by_side(states), side_by_side(outs)
 
-    def unit(self, lanes, tables, state, v, since, until, total, columns):
+    def unit(self, lanes, tables, state, v, since, until, total, gates):
         """Some lanes of the state and the outputs."""
         pack, dtype, length = self.pack, self.dtype, v.shape[0]
         before = product(since, state, (1, 0), dtype)
-        if self.decay == "scalar":
-            before = before * pack.by_head(lambda head: self.column(columns, SINCE, head), lanes)
+        if gates is not None:
+            width = lanes.stop - lanes.start
+            to_reading, to_end, whole = (
+                pack.by_head(lambda head, n=n: spread(gates.decays(head)[n], width), lanes) for n in range(3)
+            )
+            before = before * to_reading
 
         # What the tokens read before they write
         both = jnp.concatenate([jnp.zeros_like(v), v])
@@ -107,37 +108,22 @@ class Body:
         written = jnp.concatenate([u.astype(v.dtype), v])
         o = before[length:] + pack.by_head(lambda head: product(tables[head][1], written, (1, 0), dtype), lanes)
         # The state after it
-        if self.decay == "scalar":
-            written = written * pack.by_head(lambda head: self.column(columns, UNTIL, head), lanes)
-            state = state * pack.by_head(lambda head: self.column(columns, TOTAL, head)[:1], lanes)
+        if gates is not None:
+            written, state = written * to_end, state * whole
         if self.decay == "vector":
             state = state * total
         state = state + pack.blocks(product(until, written, (0, 0), dtype), lanes)
         return state, (o * self.scale).astype(v.dtype)
 
-    def column(self, columns, what, head):
-        at = what * self.pack.heads + head
-        return columns[:, at : at + 1]
-
-    def scalar_tables(self, reading, writing, rows):
+    def scalar_tables(self, reading, writing, gates):
         """Of each head `[2 C, 2 C]`."""
-        heads, length = self.pack.heads, reading.shape[0] // 2
-        place = functools.partial(_place, length, (2 * length, 2 * length))
-        reader, i, j = place()
+        length = reading.shape[0] // 2
+        reader, i, j = _place(length, (2 * length, 2 * length))
         seen = (i > j) | ((i == j) & reader)
-        columns = None if rows is None else rows.T
         found = []
-        for head in range(heads):
+        for head in range(self.pack.heads):
             scores = product(self.pack.of_keys(head, reading), writing, (1, 1), self.dtype)
-            if rows is None:
-                found.append(jnp.where(seen, scores, 0.0))
-                continue
-            coarse, fine = (
-                self.column(columns, read, head) - rows[gone * heads + head : gone * heads + head + 1]
-                for read, gone in ((READING_COARSE, COARSE), (READING_FINE, FINE))
-            )
-            exponent = jax.lax.stop_gradient(coarse) + fine
-            found.append(scores * jnp.where(seen, jnp.exp(jnp.where(i > j, exponent, 0.0)), 0.0))
+            found.append(jnp.where(seen, scores, 0.0) if gates is None else scores * gates.between(head, seen))
         return found
 
     def vector_tables(self, tokens, reading, writing):
@@ -236,20 +222,8 @@ def _split(x):
     return first, (x - first.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def rows_of_tokens(log_decay, chunk: int, heads: int):
-    """`[B, packs, chunks, rows, 2 C]` of float32 log decays `[B, T, H]`, at most 0 and finite."""
-    batch, length, all_heads = log_decay.shape
-    g = log_decay.reshape(batch, length // chunk, chunk, all_heads // heads, heads).transpose(0, 3, 1, 4, 2)
-    coarse = jax.lax.stop_gradient(jnp.round(g * 512) / 512)
+def rows_of_tokens(log_decay, chunk: int, heads: int, dtype):
+    """What `Gates` are made from; along the lanes the C tokens twice, as what reads (a and q) and what writes (b and k)."""
     through = np.triu(np.ones((chunk, chunk), np.float32))  # up to and with the token
-    before, after = np.triu(through, 1), np.tril(np.ones_like(through), -1)
-    reading, gone = np.concatenate([before, through], axis=1), np.concatenate([through, through], axis=1)
-
-    def sums(x, table):
-        return jnp.einsum("bphrc,cd->bphrd", x, jnp.asarray(table), precision=jax.lax.Precision.HIGHEST)
-
-    parts = [sums(x, table) for table in (gone, reading) for x in (coarse, g - coarse)]
-    until = jnp.exp(sums(g, np.concatenate([after, after], axis=1)))
-    total = jnp.broadcast_to(jnp.exp(jnp.sum(g, axis=-1, keepdims=True)), until.shape)
-    rows = jnp.concatenate([jnp.exp(parts[2] + parts[3]), until, total, *parts], axis=3)
-    return jnp.pad(rows, [(0, 0)] * 3 + [(0, -rows.shape[3] % 8), (0, 0)])
+    tables = [np.concatenate(pair, axis=1) for pair in ((through, through), (np.triu(through, 1), through))]
+    return gated_rows(log_decay, chunk, heads, dtype, tables)

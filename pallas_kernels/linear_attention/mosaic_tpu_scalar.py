@@ -10,6 +10,8 @@ import numpy as np
 
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import LANES, product
+from pallas_kernels.mosaic_tpu_gates import Gates
+from pallas_kernels.mosaic_tpu_gates import rows_of_tokens as gated_rows
 from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side, spread
 
 
@@ -28,15 +30,9 @@ class Tokens(NamedTuple):
     v: Any
 
 
-# What stands in the rows of a chunk, for each head one of: running sums of the log decays up to the token, and, with a
-# bonus, those of what it reads; of float32 each in two parts (see `chunked._running_sums`). Of bfloat16 in one: what it
-# loses, 5e-4 at the most extreme gates, is below the rounding of the inputs.
-NEVER = -1e30  # an exponent of what is not seen
-
-
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """decay: "none", "head" (in `fixed`) or "token" (in `rows`, filled up to a multiple of 8)."""
+    """decay: "none", "head" (in `fixed`) or "token" (in `rows`, see `Gates`)."""
 
     pack: Pack
     decay: str
@@ -57,41 +53,25 @@ class Body:
         length = q.shape[0]
         i = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
         j = jax.lax.broadcasted_iota(jnp.int32, (length, length), 1)
-        columns = rows.T if self.decay == "token" else None
-        parts = parts_of(dtype)
-
-        @functools.cache
-        def sums(head):
-            """Running sums in parts: along the sublanes (alike in all lanes) of what is read, and of what is decayed;
-            and along the lanes."""
-            at = [part * pack.heads + head for part in range((1 + self.exclusive) * parts)]
-            wide = [_first(jnp.broadcast_to(columns[:, n : n + 1], (length, LANES)), n, parts, pack) for n in at]
-            return wide[-parts:], wide[:parts], [_first(rows[n : n + 1], n, parts, pack) for n in at[:parts]]
+        seen = i > j if self.exclusive else i >= j
+        gates = Gates(rows, pack.heads, 1 + self.exclusive, dtype) if self.decay == "token" else None
 
         def of_table(what, head):
             at = (what * pack.heads + head) * length
             return fixed.wide[at : at + length]
 
-        @functools.cache
         def decays(head):
             """since, until and total."""
-            if self.decay == "head":
-                return of_table(0, head), of_table(1, head), of_table(2, head)[:1]
-            reading, gone, _ = sums(head)
-            until = functools.reduce(jnp.add, (g[length - 1 :] - g for g in gone))
-            return jnp.exp(sum(reading)), jnp.exp(until), jnp.exp(sum(gone)[length - 1 :])
+            if self.decay == "token":
+                return gates.decays(head)
+            return of_table(0, head), of_table(1, head), of_table(2, head)[:1]
 
         def between(head):
-            if self.decay == "head":
-                return fixed.between[head * length : (head + 1) * length]
-            seen = i > j if self.exclusive else i >= j
+            if self.decay == "token":
+                return gates.between(head, seen)
             if self.decay == "none":
                 return jnp.where(seen, 1.0, 0.0)
-            reading, _, gone = sums(head)
-            exponent = functools.reduce(
-                jnp.add, (spread(r, length) - g for r, g in zip(reading, gone, strict=True))
-            )
-            return jnp.exp(jnp.where(seen, exponent, NEVER))
+            return fixed.between[head * length : (head + 1) * length]
 
         shared = product(q, k, (1, 1), dtype) if pack.shared else None
 
@@ -121,31 +101,14 @@ class Body:
         return side_by_side(states), side_by_side(outs)
 
 
-def rows_of_tokens(log_decay, starts, chunk: int, heads: int, exclusive: bool, parts: int):
-    """`[B, packs, chunks, rows, C]` of float32 log decays `[B, T, H]`, at most 0 and finite.
-
-    starts: `[B, T]`, tokens that must not read the state that they find; or None.
-    """
-    batch, length, all_heads = log_decay.shape
-    g = log_decay.reshape(batch, length // chunk, chunk, all_heads // heads, heads).transpose(0, 3, 1, 4, 2)
-    coarse = jax.lax.stop_gradient(jnp.round(g * 512) / 512)
+def rows_of_tokens(log_decay, starts, chunk: int, heads: int, exclusive: bool, dtype):
+    """What `Gates` are made from. starts: `[B, T]`, tokens that must not read the state that they find; or None."""
     through = np.triu(np.ones((chunk, chunk), np.float32))  # up to and with the token
-
-    def sums(table):
-        each = (g,) if parts == 1 else (coarse, g - coarse)
-        return [
-            jnp.einsum("bphrc,cd->bphrd", x, jnp.asarray(table), precision=jax.lax.Precision.HIGHEST) for x in each
-        ]
-
-    found = sums(through)
-    if exclusive:
-        reading = sums(np.triu(through, 1))
-        if starts is not None:
-            nothing = jnp.where(starts, as_log_decay(jnp.full((), -jnp.inf), np.dtype(np.float32)), 0.0)
-            reading[0] += nothing.reshape(batch, 1, length // chunk, 1, chunk)
-        found += reading
-    rows = jnp.concatenate(found, axis=3)
-    return jnp.pad(rows, [(0, 0)] * 3 + [(0, -rows.shape[3] % 8), (0, 0)])
+    tables = [through, np.triu(through, 1)] if exclusive else [through]
+    barred = None
+    if starts is not None:
+        barred = jnp.where(starts, as_log_decay(jnp.full((), -jnp.inf), np.dtype(np.float32)), 0.0)
+    return gated_rows(log_decay, chunk, heads, dtype, tables, barred)
 
 
 def fixed_of_heads(log_decay, chunk: int, heads: int, exclusive: bool):
@@ -159,12 +122,3 @@ def fixed_of_heads(log_decay, chunk: int, heads: int, exclusive: bool):
     decays = jnp.exp(log_decay.reshape(packs, 1, heads, 1) * counts[None, :, None])
     wide = jnp.broadcast_to(decays.reshape(packs, 3 * heads * chunk, 1), (packs, 3 * heads * chunk, LANES))
     return between.reshape(packs, heads * chunk, chunk), wide
-
-
-def parts_of(dtype) -> int:
-    return 2 if dtype == jnp.float32 else 1
-
-
-def _first(x, n, parts, pack):
-    """Without a gradient, if it is the first of two parts."""
-    return jax.lax.stop_gradient(x) if parts == 2 and n // pack.heads % 2 == 0 else x
