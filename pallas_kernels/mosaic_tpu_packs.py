@@ -6,7 +6,7 @@ side in values and states alone.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ def _keep(x, start, width):
     return x * ((lane >= start) & (lane < start + width)).astype(x.dtype)
 
 
-def side_by_side(parts: list[jax.Array]) -> jax.Array:
+def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 

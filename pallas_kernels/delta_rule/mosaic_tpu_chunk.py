@@ -109,7 +109,7 @@ class Body:
         o = before[length:] + pack.by_head(lambda head: product(tables[head][1], written, (1, 0), dtype), lanes)
         # The state after it
         if gates is not None:
-            written, state = written * to_end, state * whole
+            written, state = written.astype(jnp.float32) * to_end, state * whole
         if self.decay == "vector":
             state = state * total
         state = state + pack.blocks(product(until, written, (0, 0), dtype), lanes)

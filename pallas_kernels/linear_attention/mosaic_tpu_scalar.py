@@ -95,7 +95,7 @@ class Body:
                 since, until, total = (
                     pack.by_head(lambda head, n=n: spread(decays(head)[n], width), lanes) for n in range(3)
                 )
-                before, values, old = before * since, values * until, old * total
+                before, values, old = before * since, values.astype(jnp.float32) * until, old * total
             states.append(old + pack.blocks(product(k, values, (0, 0), dtype), lanes))
             outs.append(((o + before) * self.scale).astype(v.dtype))
         return side_by_side(states), side_by_side(outs)
