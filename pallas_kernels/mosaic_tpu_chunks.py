@@ -1,10 +1,10 @@
 """A recurrence over chunks of tokens on a TPU: one body, from which the kernels forward and backward are made.
 
-The grid goes over rows of the batch, packs of heads, and chunks, one chunk after another. A pack is what the body works
-on at once: one head, or several narrow ones side by side in the lanes. Its state stays in fast memory from the first
-chunk to the last. Inputs are read where they lie, `[B, T, heads x width]`. Backward the chunks are walked through from the
-last to the first: everything inside a chunk is computed again from the state before it, which the forward pass keeps,
-and the body's own transposition (`jax.vjp`, inside the kernel) gives the gradients.
+The grid goes over rows of the batch, packs of heads, and chunks, one chunk after another. A pack is one head, or
+several narrow ones side by side in the lanes (`mosaic_tpu_packs`). Its state stays in fast memory from the first
+chunk to the last. Inputs are read where they lie, `[B, T, heads x width]`. Backward the chunks are walked through
+from the last to the first: everything inside a chunk is computed again from the state before it, which the forward
+pass keeps, and the body's own transposition (`jax.vjp`, inside the kernel) gives the gradients.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ VMEM_LIMIT = 48 * 2**20  # bytes; the smallest fast memory among the generations
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """chunk: tokens of one. packs: of heads. step: packs that one step of the grid works on, each for itself, so that the
-    chip has something to do while one waits for its own products. parts: for each array of tokens, in how many equal
-    parts its lanes fall: one for each pack, or fewer, of which neighbouring packs share one (then `step` is 1).
+    """chunk: tokens of one. packs: of heads. step: packs that one step of the grid works on, each for itself, so that
+    the chip has something to do while one waits for its own products. parts: for each array of tokens, in how many
+    equal parts its lanes fall: one for each pack, or fewer, of which neighbouring packs share one (then `step` is 1).
     keep: the dtype in which states before chunks are kept for the backward pass.
     """
 
@@ -48,12 +48,11 @@ def scan_chunks(
 ) -> tuple[jax.Array, jax.Array]:
     """[(state, o)] of a chunk = body([(fixed, state, tokens of the chunk, rows of the chunk)]): (the last state, o).
 
-    body: hashable; a function of its argument alone, a list of one or more packs, in operations on matrices that Mosaic
-    knows. It has a `name`.
-    fixed: `[packs, ., .]` each, what all chunks have in common. state: float32 `[B, packs, K, V]`. tokens:
-    `[B, T, width]` each, T a multiple of the chunk; the body sees `[chunk, width / part]`. rows: `[B, packs, T / chunk,
-    ., .]` each, what lies with the tokens along the lanes or belongs to a chunk as a whole. In all of these None may stand
-    for an array.
+    body: hashable; a function of its argument alone, a list of one or more packs, in operations on matrices that
+    Mosaic knows. It has a `name`. fixed: `[packs, ., .]` each, what all chunks have in common. state: float32 `[B,
+    packs, K, V]`. tokens: `[B, T, width]` each, T a multiple of the chunk; the body sees `[chunk, width / parts]`.
+    rows: `[B, packs, T / chunk, ., .]` each, what has the tokens along the lanes or belongs to a chunk as a whole. In
+    all of these None may stand for an array.
 
     Returns o `[B, T, packs x lanes of the body's o]`. Differentiable once, in reverse, in all floating arrays.
     """

@@ -1,8 +1,8 @@
 """Decays between the tokens of a chunk on a TPU, one for all channels of a head: differences of running sums.
 
-The sums are made outside of the kernel and lie along the lanes of a few rows. What is needed along the sublanes is spread
-over the lanes once for each head (the chip takes seven cycles for a register of that); all else comes from it by
-additions and exponentials.
+The sums are made outside of the kernel and lie along the lanes of a few rows. What is needed along the sublanes is
+spread over the lanes once for each head (that takes a unit of the chip seven cycles for each register); all else comes
+from it by additions and exponentials.
 
 One float32 sum will not do for float32 inputs: once a gate of -100 has gone into it, differences of it no longer know a
 gate of -1e-6. So a log decay is cut into a multiple of 1/512, of which sums are exact, and a small rest. For bfloat16
@@ -24,9 +24,9 @@ NEVER = -1e30  # an exponent of what is not seen
 def rows_of_tokens(log_decay, chunk: int, heads: int, dtype, tables: list[np.ndarray], barred=None):
     """`[B, packs, T / chunk, rows, n]` from float32 log decays `[B, T, H]`, at most 0 and finite.
 
-    tables: 0/1 `[chunk, n]`, which log decays to sum up: of what is decayed first, of what reads last (they may be the
-    same). barred: `[B, T]`, what to add to the sums of what reads (n = chunk), or None. For each table there is a row for
-    each part and head; filled up to a multiple of 8.
+    tables: 0/1 `[chunk, n]`, which log decays to sum up: the first for what is decayed, the last for what reads (one
+    may be both). barred: `[B, T]`, what to add to the sums of what reads (n = chunk), or None. For each table there
+    is a row for each part and head; filled up to a multiple of 8.
     """
     batch, length, all_heads = log_decay.shape
     g = log_decay.reshape(batch, length // chunk, chunk, all_heads // heads, heads).transpose(0, 3, 1, 4, 2)
@@ -56,7 +56,7 @@ class Gates:
         self.decays = functools.cache(self._decays)
 
     def _sums(self, head):
-        """In parts: of what reads and of what is decayed `[n, 128]` (alike in all lanes); of what is decayed `[1, n]`."""
+        """In parts: of what reads, and of what is decayed, `[n, 128]` (alike in all lanes); of the latter `[1, n]`."""
         wide, lying = [], []
         for number in range(self.tables * self.parts):
             at, exact = number * self.heads + head, self.parts == 2 and number % 2 == 0

@@ -1,9 +1,9 @@
 """Decays between the tokens of a chunk on a TPU, one for each key channel: by halves, and never as a difference.
 
 A chunk of C tokens falls into two halves, each of those into two, and so on. The decay from token j to token i passes
-the middle of the smallest aligned block that holds both, which splits it in two factors, of which each is the exponential
-of a sum of log decays within one half: at most 0, and summed up over its own gates alone. So nothing overflows, and a
-gate of -1e-6 beside one of -100 loses no digit. Sums of blocks twice as long come from those of their halves by one
+the middle of the smallest aligned block that holds both, which splits it in two factors. Each is the exponential of a
+sum of log decays within one half: at most 0, and summed up over its own gates alone. So nothing overflows, and a gate
+of -1e-6 beside one of -100 loses no digit. Sums of blocks twice as long come from those of their halves by one
 exchange of neighbours. At each halving one product of matrices, of which a mask takes the pairs that part there.
 """
 
@@ -26,8 +26,8 @@ class Sums(NamedTuple):
 
 
 def halvings(log_decay: jax.Array, exclusive: bool) -> Iterator[tuple[int, Sums]]:
-    """(h, the sums of blocks of h tokens) for h = 1, 2, .. C. log_decay: finite. exclusive: a token reads what was there
-    before its own decay."""
+    """(h, the sums of blocks of h tokens) for h = 1, 2, .. C. log_decay: finite. exclusive: a token reads what was
+    there before its own decay."""
     zero = jnp.zeros_like(log_decay)
     sums, size = Sums(zero if exclusive else log_decay, zero, log_decay), 1
     yield size, sums

@@ -2,7 +2,7 @@
 
     u = a S          S <- diag(keep) S + b u^T + k v^T          o = read S + own_u u + own_v v
 
-Linear attention and the delta rule are of this form, with what is read of the new state put as what is read of the old one.
+Linear attention and the delta rule are of this form, with what is read of the new state put as what is read of the old.
 """
 
 import functools

@@ -1,4 +1,8 @@
-"""The delta rule on a TPU by Pallas kernels (Mosaic), forward and backward."""
+"""The delta rule on a TPU by Pallas kernels (Mosaic), forward and backward: `chunked`'s formulas (arXiv 2406.06484
+section 3.2, 2412.06464 section 3.3) in bfloat16 products for bfloat16 inputs, in full precision for float32.
+
+`mosaic_tpu_chunks` makes the kernels of one body, `mosaic_tpu_chunk`. One token goes to `mosaic_tpu_step`.
+"""
 
 import functools
 

@@ -1,7 +1,7 @@
 """One chunk of the delta rule on a TPU: the formulas of `chunked.py`.
 
-What reads, a and q, stands below one another in one matrix of 2 C rows; so does what writes, b and k, and what is written,
-u and v. Then one product makes all four tables of scores, and the sums over b u and k v are one product each.
+What reads, a and q, stands below one another in one matrix of 2 C rows; so do what writes, b and k, and what is
+written, u and v. Then one product makes all four tables of scores, and the sums over b u and k v are one product each.
 """
 
 import dataclasses
@@ -127,8 +127,8 @@ class Body:
         return found
 
     def vector_tables(self, tokens, reading, writing):
-        """Of each head `[2 C, 2 C]`; and the reading and the writing vectors as they meet the state before and after the
-        chunk, and the decay of the state, `[keys, 1]`."""
+        """Of each head `[2 C, 2 C]`; and the reading and the writing vectors as they meet the state before and after
+        the chunk, and the decay of the state, `[keys, 1]`."""
         heads, length = self.pack.heads, tokens.v.shape[0]
         log_decay = as_log_decay(tokens.log_decay, np.dtype(np.float32))
         own = self.heads_below(reading)
@@ -159,7 +159,7 @@ class Body:
 
 
 def _place(length, shape):
-    """Of the entries of tables below one another: whether they belong to q, the token that reads, the one that writes."""
+    """Of the entries of tables below one another: whether it is q that reads; the token that reads, that writes."""
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     return row & length != 0, row & (length - 1), column & (length - 1)
@@ -190,9 +190,9 @@ solve.defvjp(_solve_fwd, _solve_bwd)
 
 
 def unit_inverses(matrices, dtype):
-    """(I - lower)^-1 of each by halves, as `blocks.unit_inverse`: X of blocks twice as long is X + X M X, where M is what
-    lies below the diagonal between the halves of each. One halving after another of all of them, as one alone would wait
-    for its products."""
+    """(I - lower)^-1 of each by halves, as `blocks.unit_inverse`: X of blocks twice as long is X + X M X, where M is
+    what lies below the diagonal between the halves of each. All of them halving by halving, as one alone would wait for
+    its products."""
     i, j = (jax.lax.broadcasted_iota(jnp.int32, matrices[0].shape, axis) for axis in (0, 1))
     pairs = parting(i, j)
     inverses = [jnp.where(i == j, 1.0, jnp.where(part_at(pairs, 1), x, 0.0)) for x in matrices]
@@ -210,7 +210,7 @@ def unit_inverses(matrices, dtype):
 
 
 def _exact(a, b, dtype):
-    """A product of float32 matrices. Where the inputs are bfloat16, of their first 16 bits: three products of bfloat16."""
+    """A product of float32 matrices. Where the inputs are bfloat16, of their first 16 bits, by three products."""
     if dtype == jnp.float32:
         return product(a, b, (1, 0), jnp.float32)
     (a, of_a), (b, of_b) = _split(a), _split(b)
@@ -223,7 +223,7 @@ def _split(x):
 
 
 def rows_of_tokens(log_decay, chunk: int, heads: int, dtype):
-    """What `Gates` are made from; along the lanes the C tokens twice, as what reads (a and q) and what writes (b and k)."""
+    """What `Gates` are made from. Along the lanes the C tokens twice: what reads is a and q, what writes b and k."""
     through = np.triu(np.ones((chunk, chunk), np.float32))  # up to and with the token
     tables = [np.concatenate(pair, axis=1) for pair in ((through, through), (np.triu(through, 1), through))]
     return gated_rows(log_decay, chunk, heads, dtype, tables)

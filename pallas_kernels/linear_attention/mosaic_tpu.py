@@ -1,4 +1,10 @@
-"""Linear attention on a TPU by Pallas kernels (Mosaic), forward and backward."""
+"""Linear attention on a TPU by Pallas kernels (Mosaic), forward and backward: `chunked`'s formulas in bfloat16 products
+for bfloat16 inputs, in full precision for float32.
+
+`mosaic_tpu_chunks` makes the kernels of one body, `mosaic_tpu_scalar` (one decay a head; RetNet, arXiv 2307.08621,
+Mamba-2, arXiv 2405.21060) or `mosaic_tpu_vector` (one a channel; gated linear attention, arXiv 2312.06635, RWKV-6,
+arXiv 2404.05892). One token goes to `mosaic_tpu_step`.
+"""
 
 import functools
 
@@ -8,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices
+from pallas_kernels.linear_attention import chunked
 from pallas_kernels.linear_attention import mosaic_tpu_scalar as scalars
 from pallas_kernels.linear_attention import mosaic_tpu_vector as vectors
-from pallas_kernels.linear_attention import chunked
 from pallas_kernels.linear_attention.reference import as_log_decay, empty_state, for_each_head, token_inputs
 from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, divisor, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import Pack, narrow_pack
@@ -136,7 +142,7 @@ _step.defvjp(_step_fwd, _step_bwd)
 
 
 def _pack(q, v, vector):
-    """The heads that are worked on together: of those that share keys and queries as many as SHARED lanes of values hold."""
+    """The heads that are worked on together: of those that share keys, as many as SHARED lanes of values hold."""
     (*_, groups, key), (*_, heads, value) = q.shape, v.shape
     if groups < heads and not vector and key % LANES == 0:
         count = heads // groups

@@ -16,8 +16,9 @@ from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side, spread
 
 
 class Fixed(NamedTuple):
-    """Of all chunks; one decay for each head. between: `[heads x C, C]`, 0 where i must not see j. wide: `[3 heads x C, 128]`,
-    since, until and total, as in `chunked.Decays`, alike in all lanes. bonus: `[1, keys]`. None: not so."""
+    """What all chunks have in common. bonus: `[1, keys]`. Of one decay for each head: between, `[heads x C, C]`, 0
+    where i must not see j; wide, `[3 heads x C, 128]`, since, until and total (see `chunked.Decays`), alike in all
+    lanes."""
 
     between: Any = None
     wide: Any = None

@@ -22,9 +22,16 @@ class TestDeltaRule(conformance_tests(conformance.SUITE)):
         return simulated()
 
 
-@pytest.mark.parametrize("decay", ["none", "vector"])
-def test_bfloat16(decay):
-    case = conformance.Case(shape=Shape(B=1, T=140, H=2, K=64, V=64, decay=decay), keys="alike")
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        (Shape(B=1, T=140, H=1, K=64, V=64, decay="none"), {"keys": "alike"}),
+        (Shape(B=1, T=70, H=4, K=64, V=64), {"gates": "extreme"}),  # two packs of two heads at once
+        (Shape(B=1, T=70, H=2, K=64, V=64, decay="vector"), {"gates": "extreme"}),
+    ],
+)
+def test_bfloat16(shape, options):
+    case = conformance.Case(shape=shape, **options)
     with simulated():
         for what, error, kind in conformance.SUITE.errors(case, "mosaic_tpu", jnp.bfloat16, twice=False):
             assert error <= TOLERANCE[kind], f"{what}: {error:.2e} ({kind})"

@@ -22,9 +22,15 @@ class TestLinearAttention(conformance_tests(conformance.SUITE)):
         return simulated()
 
 
-@pytest.mark.parametrize("decay", ["token", "channel"])
-def test_bfloat16(decay):
-    case = conformance.Case(shape=Shape(B=1, T=140, H=2, K=128, V=64, decay=decay, G=1), gates="extreme")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(B=1, T=140, H=2, K=128, V=64, decay="token", G=1),
+        Shape(B=1, T=140, H=4, K=64, V=64, decay="channel", bonus=True),  # two packs of two heads at once
+    ],
+)
+def test_bfloat16(shape):
+    case = conformance.Case(shape=shape, gates="extreme")
     with simulated():
         for what, error, kind in conformance.SUITE.errors(case, "mosaic_tpu", jnp.bfloat16, twice=False):
             assert error <= TOLERANCE[kind], f"{what}: {error:.2e} ({kind})"
