@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.delta_rule import chunked, loop, reference
+from pallas_kernels.delta_rule import chunked, loop, mosaic_tpu, reference
 from pallas_kernels.mesh import Axes
 
 
@@ -61,6 +61,7 @@ def delta_rule(
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
+    "mosaic_tpu": mosaic_tpu,
     "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=8)),
 }
 
