@@ -9,8 +9,9 @@ of sums, so this is for chunks of which neither half decays by more than exp(LIM
 (pairs with i < j are, and are masked), and a log decay loses what float32 has no digits for beside LIMIT, at most 1e-6 a token.
 
 A recurrence in these coordinates is its own undecayed form, and so is its gradient. That of the log decays is found without a
-way back through exponentials: a token's log decay scales whatever was written before it and is read after it. So it is the
-sum over all writes before it of write times its gradient, less that over all reads before it.
+way back through exponentials: a token's log decay scales what is written before it and read after it, which is all that is
+read from then on but for what is also written from then on. So it is the sum of read times its gradient over all later reads,
+less that of write times its gradient over all later writes: exactly 0 where nothing later has a gradient.
 """
 
 import functools
@@ -65,17 +66,12 @@ def scales(log_decay: Float[Array, "B H C K"]) -> Scales:
 
 
 def of_log_decay(
-    written: Float[Array, "B H C K"],
-    read: Float[Array, "B H C K"],
-    read_sooner: Float[Array, "B H C K"] | None,
-    before: Float[Array, "B H K"],
+    written: Float[Array, "B H C K"], read: Float[Array, "B H C K"], sooner: Float[Array, "B H C K"], after: Float[Array, "B H K"]
 ) -> Float[Array, "B H C K"]:
     """The gradient of the log decays, from the products of vectors with their gradients: of what tokens write, of what
-    they read after and before their own decay, and of the state before the chunk."""
-    length = written.shape[2]
-    moved = written - read if read_sooner is None else written - read - read_sooner
-    found = before[:, :, None] + _add_up(np.tril(np.ones((length, length)), -1), moved)
-    return found if read_sooner is None else found - read_sooner
+    they read after and before their own decay, and of the state after the chunk."""
+    later = np.triu(np.ones((written.shape[2], written.shape[2])))
+    return after[:, :, None] + _add_up(later, read + sooner - written) - sooner
 
 
 def documents(starts: Bool[Array, "B C"]) -> Documents:
