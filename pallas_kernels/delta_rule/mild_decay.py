@@ -1,4 +1,4 @@
-"""A chunk of the delta rule where the decays are mild (see `pallas_kernels.mild`): the formulas of `chunked.py` without them.
+"""A chunk of the delta rule where the decays are mild (see `pallas_kernels.mild`): `chunked.py`'s formulas without them.
 
 In the coordinates of the chunk's middle, with the rows R = (A; Q) of what reads and L = (B; K) of what is written, 2 C of
 each, the masked table M = (M_a; M_q) of all R L^T, and W = (U; V) of all values written,
