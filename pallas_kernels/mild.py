@@ -1,16 +1,17 @@
-"""Decays of a chunk that are mild enough to be taken into the vectors, so that a chunk is as cheap as one without decay.
+"""Decays of a chunk that are mild enough to be taken into the vectors, so that it costs what one without decay costs.
 
 With G_t the sum of the log decays of a chunk's tokens up to t, and m its middle, the decay from token j to token i is
 
     exp(G_i - G_j) = exp(G_i - G_m) exp(G_m - G_j)
 
-One factor goes into what reads, the other into what is written. They may be above 1, and their exponents are differences
-of sums, so this is for chunks of which neither half decays by more than exp(LIMIT): then nothing overflows that is used
-(pairs with i < j are, and are masked), and a log decay loses what float32 has no digits for beside LIMIT, at most 1e-6 a token.
+One factor goes into what is read, the other into what is written. They may be above 1, and their exponents are sums that
+forget what float32 has no digits for, so this is for chunks of which neither half decays by more than exp(LIMIT). Then
+nothing overflows (pairs with i < j, which are masked, come to exp(2 LIMIT) at most), and exponents are right to 2e-5.
 
-A recurrence in these coordinates is its own undecayed form, and so is its gradient. That of the log decays is found without a
-way back through exponentials: a token's log decay scales whatever was written before it and is read after it. So it is the
-sum over all writes before it of write times its gradient, less that over all reads before it.
+A recurrence in these coordinates is its own undecayed form, and so is its gradient. That of the log decays is found without
+a way back through exponentials: a token's log decay scales what is written before it and read from it on, which is all that
+is read from then on but for what is also written from then on. So it is the sum of read times its gradient over all later
+reads, less that of write times its gradient over all later writes: exactly 0 where nothing later has a gradient.
 """
 
 import functools
@@ -67,15 +68,13 @@ def scales(log_decay: Float[Array, "B H C K"]) -> Scales:
 def of_log_decay(
     written: Float[Array, "B H C K"],
     read: Float[Array, "B H C K"],
-    read_sooner: Float[Array, "B H C K"] | None,
-    before: Float[Array, "B H K"],
+    sooner: Float[Array, "B H C K"],
+    after: Float[Array, "B H K"],
 ) -> Float[Array, "B H C K"]:
     """The gradient of the log decays, from the products of vectors with their gradients: of what tokens write, of what
-    they read after and before their own decay, and of the state before the chunk."""
-    length = written.shape[2]
-    moved = written - read if read_sooner is None else written - read - read_sooner
-    found = before[:, :, None] + _add_up(np.tril(np.ones((length, length)), -1), moved)
-    return found if read_sooner is None else found - read_sooner
+    they read after and before their own decay, and of the state after the chunk."""
+    later = np.triu(np.ones((written.shape[2], written.shape[2])))
+    return after[:, :, None] + _add_up(later, read + sooner - written) - sooner
 
 
 def documents(starts: Bool[Array, "B C"]) -> Documents:

@@ -11,7 +11,8 @@ is a unit triangular system in the u of the chunk, (I - A_ab) U = A_a S + A_ak V
           + (q_t b_t) u_t + (q_t k_t) v_t
 
 and the state after the chunk are products of matrices (the WY or UT form: arXiv 2406.06484 section 3.2, 2412.06464
-section 3.3). Every exponent is a sum of log decays, so never above 0: nothing can overflow, whatever the gates.
+section 3.3). Every exponent is a sum of log decays, so never above 0: nothing can overflow, whatever the gates. Where the
+decays of a chunk are mild, `mild_decay.py` does the same in half the time.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""A chunk of the delta rule where the decays are mild (see `pallas_kernels.mild`): the formulas of `chunked.py` without them.
+"""A chunk of the delta rule where the decays are mild (see `pallas_kernels.mild`): `chunked.py`'s formulas without them.
 
 In the coordinates of the chunk's middle, with the rows R = (A; Q) of what reads and L = (B; K) of what is written, 2 C of
 each, the masked table M = (M_a; M_q) of all R L^T, and W = (U; V) of all values written,
@@ -56,15 +56,17 @@ def backward(state, tokens, starts, d_state, d_o):
     d_table = _keep(masks.same, product("zhiv,zhjv->zhij", d_read, x.values))
     d_rows = product("zhij,zhjk->zhik", d_table, x.columns)
     d_rows = d_rows + _keep(masks.first, product("zhiv,zhkv->zhik", d_read, x.before))
-    d_columns = product("zhij,zhik->zhjk", d_table, x.rows)
-    d_columns = d_columns + _keep(masks.last, product("zhjv,zhkv->zhjk", x.values, d_state))
-    d_before = _keep(masks.through, d_state) + product("zhik,zhiv->zhkv", _keep(masks.first, x.rows), d_read)
+    d_kept = _keep(masks.last, product("zhjv,zhkv->zhjk", x.values, d_state))  # of L as the state after the chunk has it
+    d_columns = product("zhij,zhik->zhjk", d_table, x.rows) + d_kept
+    d_state = _keep(masks.through, d_state)
+    d_before = d_state + product("zhik,zhiv->zhkv", _keep(masks.first, x.rows), d_read)
 
     d_a, d_q = jnp.split(d_rows, 2, axis=2)
     d_b, d_k = jnp.split(d_columns, 2, axis=2)
-    read_sooner, read = jnp.split(x.rows * d_rows, 2, axis=2)
+    sooner, read = jnp.split(x.rows * d_rows, 2, axis=2)
     written = sum(jnp.split(x.columns * d_columns, 2, axis=2))
-    moved = written, read, read_sooner, jnp.sum(x.before * d_before, axis=-1)
+    after = jnp.sum(x.before * d_state, axis=-1) + jnp.sum(x.columns * d_kept, axis=2)
+    moved = written, read, sooner, after
     if tokens.log_decay.shape[-1] == 1:  # one decay for all channels
         moved = (jnp.sum(each, axis=-1, keepdims=True) for each in moved)
     d_log_decay = mild.of_log_decay(*moved)

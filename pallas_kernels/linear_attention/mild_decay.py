@@ -48,13 +48,14 @@ def backward(state, q, k, v, log_decay, starts, exclusive, d_state, d_o):
     scores = _keep(masks.same, product("zhik,zhjk->zhij", q, k))
     d_scores = _keep(masks.same, product("zhiv,zhjv->zhij", d_o, v))
     d_q = product("zhij,zhjk->zhik", d_scores, k) + _keep(masks.first, product("zhiv,zhkv->zhik", d_o, before))
-    d_k = product("zhij,zhik->zhjk", d_scores, q) + _keep(masks.last, product("zhjv,zhkv->zhjk", v, d_state))
+    d_kept = _keep(masks.last, product("zhjv,zhkv->zhjk", v, d_state))  # of the keys as the state after the chunk has them
+    d_k = product("zhij,zhik->zhjk", d_scores, q) + d_kept
     d_v = product("zhij,zhiv->zhjv", scores, d_o) + product("zhjk,zhkv->zhjv", _keep(masks.last, k), d_state)
-    d_before = _keep(masks.through, d_state) + product("zhik,zhiv->zhkv", _keep(masks.first, q), d_o)
-    read = q * d_q
-    d_log_decay = mild.of_log_decay(
-        k * d_k, jnp.zeros_like(read) if exclusive else read, read if exclusive else None, jnp.sum(before * d_before, axis=-1)
-    )
+    d_state = _keep(masks.through, d_state)
+    d_before = d_state + product("zhik,zhiv->zhkv", _keep(masks.first, q), d_o)
+    read, none = q * d_q, jnp.zeros_like(q)
+    after = jnp.sum(before * d_state, axis=-1) + jnp.sum(k * d_kept, axis=2)
+    d_log_decay = mild.of_log_decay(k * d_k, *((none, read) if exclusive else (read, none)), after)
     return scales.first[..., None] * d_before, d_q * reader, d_k * scales.writer, d_v, d_log_decay
 
 
