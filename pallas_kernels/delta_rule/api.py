@@ -79,7 +79,9 @@ def preferred(platform: str, length: int, vector: bool) -> tuple[str, ...]:
     channel the loop takes 0.6 to 1.2 of the chunked form's time, with one a head 1.0 to 1.4 of it. Forward and backward
     it takes 2.5 to 4 times as long.
     """
-    return ("loop_forward",) if platform == "cpu" and vector and length > 1 else ("chunked",)
+    if platform == "cpu":
+        return ("loop_forward",) if vector and length > 1 else ("chunked",)
+    return (f"mosaic_{platform}", "chunked") if platform == "tpu" else ("chunked",)
 
 
 def _check(q, k, v, a, b, log_decay, initial_state, segment_ids):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.linear_attention import chunked, loop, mosaic_tpu, reference
+from pallas_kernels.linear_attention import chunked, loop, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.mesh import Axes
 
 
@@ -59,6 +59,7 @@ def linear_attention(
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
+    "mosaic_gpu": mosaic_gpu,
     "mosaic_tpu": mosaic_tpu,
     "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=6)),
 }
@@ -76,7 +77,9 @@ def preferred(platform: str, length: int) -> tuple[str, ...]:
     1.3 of the chunked form's time with a scalar decay, 0.25 to 0.6 of it with one decay a channel. Forward and backward
     a token loop takes 3 to 11 times as long.
     """
-    return ("loop_forward",) if platform == "cpu" and length > 1 else ("chunked",)
+    if platform == "cpu":
+        return ("loop_forward",) if length > 1 else ("chunked",)
+    return (f"mosaic_{platform}", "chunked") if platform in ("gpu", "tpu") else ("chunked",)
 
 
 def _check(q, k, v, log_decay, bonus, initial_state, segment_ids):
