@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.linear_attention import chunked, loop, reference
+from pallas_kernels.linear_attention import chunked, loop, mosaic_gpu, reference
 from pallas_kernels.mesh import Axes
 
 
@@ -59,6 +59,7 @@ def linear_attention(
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
+    "mosaic_gpu": mosaic_gpu,
     "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=6)),
 }
 
