@@ -6,6 +6,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # How many threads XLA's CPU client has. JAX's GPU interpreter runs each warpgroup of a block on one, where it blocks at
 # barriers: with two threads, on a machine of two cores, a kernel of three warpgroups waits forever.
 os.environ.setdefault("NPROC", "16")
+# Where kernels are compiled for TPUs that are not there: by all workers at once, with no question to a cloud.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
 import pytest
