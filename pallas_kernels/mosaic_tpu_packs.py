@@ -36,10 +36,12 @@ class Pack:
 
     @property
     def units(self) -> list[slice]:
-        """Lanes of values that are computed with at once: whole registers that hold whole heads, or parts of one."""
-        unit = self.values
-        if self.value % LANES == 0 or (LANES % self.value == 0 and self.values % LANES == 0):
-            unit = next(width for width in (UNIT, LANES) if width <= UNIT and self.values % width == 0)
+        """Lanes of values that are computed with at once: parts of one head, or the fewest whole registers that hold whole
+        heads, as each head computes all of the lanes."""
+        if self.value % LANES == 0:
+            unit = UNIT if self.value % UNIT == 0 else LANES
+        else:
+            unit = LANES if LANES % self.value == 0 and self.values % LANES == 0 else self.values
         return [slice(start, start + unit) for start in range(0, self.values, unit)]
 
     def of_keys(self, head: int, x: jax.Array) -> jax.Array:
