@@ -36,8 +36,8 @@ class Pack:
 
     @property
     def units(self) -> list[slice]:
-        """Lanes of values that are computed with at once: parts of one head, or the fewest whole registers that hold whole
-        heads, as each head computes all of the lanes."""
+        """Lanes of values that are computed with at once: parts of one head, or the fewest whole registers that hold
+        whole heads, as each head computes all of the lanes."""
         if self.value % LANES == 0:
             unit = UNIT if self.value % UNIT == 0 else LANES
         else:
