@@ -1,0 +1,88 @@
+"""The delta rule in Pallas kernels for Hopper GPUs (H100, H200), by Mosaic GPU: which calls they take, and the order.
+
+Three stages (formulas in `mosaic_gpu_tables`): what the chunks are made into without the state, all at once; the state,
+chunk after chunk; and the outputs, all at once again.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import devices
+from pallas_kernels.delta_rule.mosaic_gpu_tables import CHUNK, tables
+from pallas_kernels.delta_rule.reference import first_state, mark_documents, step
+
+WIDTHS = {"K": 256, "V": 512}  # at most
+
+
+def supports(q, k, v, a, b, log_decay, initial_state, segment_ids, scale) -> str | None:
+    """None, or what about the call is not supported."""
+    device = devices.current()
+    if not device.hopper:
+        return f"by Mosaic GPU needs a Hopper GPU (H100, H200), and this is {device.kind or device.platform}"
+    if q.dtype not in ("bfloat16", "float16"):
+        return f"by Mosaic GPU is for bfloat16 or float16, and q is {q.dtype}"
+    for (name, most), width in zip(WIDTHS.items(), (q.shape[3], v.shape[3]), strict=True):
+        if width % 64 or width > most:
+            return f"by Mosaic GPU has {name} that is a multiple of 64, up to {most}, and this is {width}"
+    return None
+
+
+def run(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None,
+    initial_state: Float[Array, "B H K V"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """See `delta_rule`. Any T: the last chunk is filled up with tokens that change nothing."""
+    tokens = mark_documents(q, k, v, a, b, log_decay, segment_ids)
+    state, length = first_state(q, v, initial_state), q.shape[1]
+    if length == 1:
+        state, o = step(state, jax.tree.map(lambda x: x[:, 0], tokens), scale)
+        return o[:, None].astype(v.dtype), state
+    if missing := -length % CHUNK:
+        tokens = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))), tokens)
+    made = tables(tokens, scale)
+    before, state = states(made.key, tokens.v, made.total, state, made.seen, made.back)
+    return outputs(made.read, made.own, before, tokens.v)[:, :length], state
+
+
+def states(keys, values, total, initial, read, write):
+    """Stands in for the kernel."""
+    batch, length, heads, _ = keys.shape
+    chunk, dtype = length // total.shape[1], keys.dtype
+
+    def body(state, x):
+        keys, values, total, read, write = x
+        before = state.astype(dtype)
+        seen = _dot("bchk,bhkv->bchv", read, before).astype(dtype)
+        written = _dot("bchk,bchv->bhkv", keys, values) + _dot("bchk,bchv->bhkv", write, seen)
+        return total[..., None] * state + written, before
+
+    def chunks(x):
+        return x.reshape(batch, -1, chunk, heads, x.shape[-1]).swapaxes(0, 1)
+
+    inputs = chunks(keys), chunks(values), total.swapaxes(0, 1), chunks(read), chunks(write)
+    last, before = jax.lax.scan(body, initial, inputs)
+    return before.swapaxes(0, 1), last
+
+
+def outputs(
+    read: Float[Array, "B T H K"], own: Float[Array, "B T H C"], before: Float[Array, "B n H K V"], v: Float[Array, "B T H V"]
+) -> Float[Array, "B T H V"]:
+    """read S + own V, chunk by chunk."""
+
+    def chunks(x):
+        return x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:])
+
+    of_state = _dot("bnchk,bnhkv->bnchv", chunks(read), before)
+    return (of_state + _dot("bnchj,bnjhv->bnchv", chunks(own), chunks(v))).reshape(v.shape).astype(v.dtype)
+
+
+def _dot(formula, x, y):
+    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
