@@ -1,0 +1,137 @@
+"""The tables of chunks with one decay a head, or none: one block for each chunk and head."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.mosaic_gpu_products import (
+    MATRIX,
+    PER_COLUMN,
+    PER_LINE,
+    along_columns,
+    along_lines,
+    matrix,
+    zeros,
+)
+from pallas_kernels.delta_rule import mosaic_gpu_parts as parts
+from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK, PANEL, SWIZZLE, transposed
+
+COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+WRITTEN, FOUND = (0, 1), (2, 3)  # of the sums: up to a token's own decay, and up to what it finds; each in two parts
+UNTIL = 4
+SUMS = 5
+
+
+def forward(q, k, a, b, sums, scale: float) -> list[jax.Array]:
+    """read, own, seen, key, back (see `mosaic_gpu_tables.Tables`); sums: float32 `[B, n, H, SUMS, C]`."""
+    batch, length, heads, width = q.shape
+    dtype, panels = q.dtype, width // PANEL
+    tile = functools.partial(matrix, panels, CHUNK, PANEL, dtype=dtype, swizzle=SWIZZLE)
+    scratch = dict(
+        tiles={name: tile() for name in "qkab"},
+        sums_tile=plgpu.SMEM((SUMS, CHUNK), jnp.float32),
+        matrices=parts.parts(3, dtype),
+        here=plgpu.Barrier(num_arrivals=4 * panels + 1),
+    )
+
+    def delta_rule_tables_scalar(*references):
+        pl.run_scoped(functools.partial(_block, scale, *references), **scratch)
+
+    run = plgpu.kernel(
+        delta_rule_tables_scalar,
+        out_type=[jax.ShapeDtypeStruct((batch, length, heads, n), dtype) for n in (width, CHUNK, width, width, width)],
+        grid=(batch, length // CHUNK, heads),
+        grid_names=("row", "chunk", "head"),
+        compiler_params=COMPILER,
+    )
+    return run(q, k, a, b, sums)
+
+
+def _block(scale, q, k, a, b, sums, read, own, seen, key, back, *, tiles, sums_tile, matrices, here):
+    row, chunk, head = (lax.axis_index(name) for name in ("row", "chunk", "head"))
+    lines, panels = pl.ds(chunk * CHUNK, CHUNK), range(q.shape[3] // PANEL)
+
+    def panel(array, n):
+        return array.at[row, lines, head, pl.ds(n * PANEL, PANEL)]
+
+    plgpu.copy_gmem_to_smem(sums.at[row, chunk, head], sums_tile, here)
+    for n in panels:
+        for name, array in zip("qkab", (q, k, a, b), strict=True):
+            plgpu.copy_gmem_to_smem(panel(array, n), tiles[name].at[n], here)
+    plgpu.barrier_wait(here)
+
+    inverse, scores, inner = (matrices.at[n] for n in range(3))
+
+    def products(rows, columns):
+        def add(n, sum):
+            return sum + parts.total(CHUNK, (tiles[rows].at[n], transposed(tiles[columns].at[n])))
+
+        return lax.fori_loop(0, len(panels), add, zeros(CHUNK, CHUNK))
+
+    # Each table of decays is used and done with before the next is made: registers hold some four matrices.
+    lower = products("a", "b") * _decays(sums_tile, FOUND)
+    parts.unit_inverse(lower, inverse, (inner, scores))
+    parts.store(inner, products("a", "k") * _decays(sums_tile, FOUND))
+    decays = scale * _decays(sums_tile, WRITTEN)
+    parts.store(scores, products("q", "b") * decays)
+    of_values = products("q", "k") * decays
+    plgpu.commit_smem()
+    parts.store(scores, parts.times(scores, inverse))  # of what was written, back to what that was made of
+    plgpu.commit_smem()
+    of_values = (of_values + parts.times(scores, inner)).astype(q.dtype)
+
+    since = along_columns(jnp.exp(_sum(sums_tile, FOUND, PER_COLUMN)), lower.shape)
+    fading = scale * jnp.exp(_sum(sums_tile, WRITTEN, PER_LINE))
+    until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
+    parts.store(scores, parts.load(scores) * since)
+    within = parts.times(inverse, inner)
+    parts.store(inner, within * along_lines(until, lower.shape))
+    parts.store(inverse, parts.load(inverse) * since)
+    plgpu.commit_smem()
+
+    def finish(n, _):
+        q_n, k_n, a_n, b_n = (tiles[name].at[n] for name in "qkab")
+
+        def scaled(tile, factors):
+            x = plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
+            return x * along_lines(factors, x.shape)
+
+        def both_parts(left, right):
+            return parts.total(PANEL, (left(0), right), (left(1), right))
+
+        reads = scaled(q_n, fading) + both_parts(lambda part: scores.at[part], a_n)
+        q_n[...] = reads.astype(q.dtype)
+        a_n[...] = both_parts(lambda part: inverse.at[part], a_n).astype(q.dtype)
+        keys = scaled(k_n, until) + both_parts(lambda part: transposed(inner.at[part]), b_n)
+        k_n[...] = keys.astype(q.dtype)
+        b_n[...] = scaled(b_n, until).astype(q.dtype)
+
+    lax.fori_loop(0, len(panels), finish, None)
+    scores.at[0][...] = of_values
+    plgpu.commit_smem()
+    for n in panels:
+        for tile, array in zip("qakb", (read, seen, key, back), strict=True):
+            plgpu.copy_smem_to_gmem(tiles[tile].at[n], panel(array, n))
+    plgpu.copy_smem_to_gmem(scores.at[0], own.at[row, lines, head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _decays(sums_tile, rows):
+    """From token (column) to token (line), later or, up to a token's own decay, the same; 0 elsewhere."""
+    shape = CHUNK, CHUNK
+    exponents = 0.0
+    for of_line, of_column in zip(rows, WRITTEN, strict=True):  # differences of each part are nearly exact
+        later = plgpu.load(sums_tile.at[of_line], layout=PER_LINE)
+        earlier = plgpu.load(sums_tile.at[of_column], layout=PER_COLUMN)
+        exponents = exponents + (along_lines(later, shape) - along_columns(earlier, shape))
+    line, column = parts.iota(0), parts.iota(1)
+    mask = line >= column if rows == WRITTEN else line > column
+    return parts.where(mask, jnp.exp(parts.where(mask, exponents)))
+
+
+def _sum(sums_tile, rows, layout):
+    return sum(plgpu.load(sums_tile.at[row], layout=layout) for row in rows)
