@@ -5,7 +5,7 @@ one product to the next. JAX's GPU interpreter knows only operands in shared mem
 interpreted, a left operand goes through a scratch tile, and the sum is made afterwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -106,6 +106,25 @@ def added(accumulator: jax.Array, left: jax.Array, right: Any, scratch: Any) -> 
         plgpu.commit_smem()
         return accumulator + product(scratch, right)
     return pl.run_state(lambda reference: plgpu.wgmma(reference, left, right))(plgpu.ACC.init(accumulator))
+
+
+def added_all(accumulator: jax.Array, terms: Sequence[tuple[Any, Any]], scratch: Any) -> jax.Array:
+    """`accumulator + left @ right + ...` of all terms; each left in registers or shared memory, right in the latter."""
+    if not terms:
+        return accumulator
+    if devices.current().interpreted:
+        for left, right in terms:
+            if isinstance(left, jax.Array):
+                accumulator = added(accumulator, left, right, scratch)
+            else:
+                accumulator = accumulator + product(left, right)
+        return accumulator
+
+    def body(reference):
+        for left, right in terms:
+            plgpu.wgmma(reference, left, right)
+
+    return pl.run_state(body)(plgpu.ACC.init(accumulator))
 
 
 def added_and_product(
