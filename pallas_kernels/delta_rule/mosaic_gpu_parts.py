@@ -67,14 +67,12 @@ def where(mask: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(mask, x, 0.0)
 
 
-def unit_inverse(lower: jax.Array, inverse: Any, scratch: tuple[Any, Any]) -> None:
-    """In `inverse` (I - lower)^-1, of a strictly lower triangular matrix (0 elsewhere) in registers.
+def unit_inverse(lower: Any, inverse: Any, scratch: Any) -> None:
+    """In `inverse` (I - lower)^-1, of a strictly lower triangular matrix (0 elsewhere); all of them in two parts.
 
     By doubling blocks on the diagonal, as in `blocks.unit_inverse`, here in products of whole matrices: if X has the
     inverses of the blocks of size h, then X + X L X, of the latter what lies in blocks of 2 h, has those of size 2 h.
     """
-    given, half_done = scratch
-    store(given, lower)
 
     def parting():
         """Its highest bit says of which size is the smallest block that holds both line and column."""
@@ -83,12 +81,44 @@ def unit_inverse(lower: jax.Array, inverse: Any, scratch: tuple[Any, Any]) -> No
     def double(level, found):
         store(inverse, found)
         plgpu.commit_smem()
-        store(half_done, times(inverse, given))
+        store(scratch, times(inverse, lower))
         plgpu.commit_smem()
-        found_below = times(half_done, inverse)
+        found_below = times(scratch, inverse)
         return found + where(lax.shift_right_logical(parting(), level) == 1, found_below)
 
-    start = jnp.where(parting() == 0, 1.0, where(parting() == 1, lower))
+    start = jnp.where(parting() == 0, 1.0, where(parting() == 1, load(lower)))
     found = lax.fori_loop(1, CHUNK.bit_length() - 1, double, start)
     store(inverse, found)
     plgpu.commit_smem()
+
+
+def through_writes(inverse: Any, scores: Any, inner: Any, of_values: jax.Array) -> jax.Array:
+    """`own`, of P_v in registers; and P_u in `scores` becomes P_u M. M is in `inverse`, A_ak in `inner`."""
+    plgpu.commit_smem()
+    store(scores, times(scores, inverse))
+    plgpu.commit_smem()
+    return of_values + times(scores, inner)
+
+
+def finish(tiles: dict[str, Any], inverse: Any, scores: Any, inner: Any, scaled: Any) -> None:
+    """In place of the tiles of q, a and k what `read`, `seen` and `key` are, one panel after another.
+
+    inverse, scores: M and P_u M, inner: M A_ak, each with the factors that the tiles of a and b lack. scaled: of a name
+    and a tile, the tile in registers and with all its factors, which here are those of q, k and b.
+    """
+    dtype = tiles["q"].dtype
+
+    def panel(n, _):
+        q, k, a, b = (tiles[name].at[n] for name in "qkab")
+
+        def both_parts(left, right):
+            return total(PANEL, (left(0), right), (left(1), right))
+
+        read = scaled("q", q) + both_parts(lambda part: scores.at[part], a)
+        q[...] = read.astype(dtype)
+        a[...] = both_parts(lambda part: inverse.at[part], a).astype(dtype)
+        key = scaled("k", k) + both_parts(lambda part: transposed(inner.at[part]), b)
+        k[...] = key.astype(dtype)
+        b[...] = scaled("b", b).astype(dtype)
+
+    lax.fori_loop(0, tiles["q"].shape[0], panel, None)

@@ -73,44 +73,27 @@ def _block(scale, q, k, a, b, sums, read, own, seen, key, back, *, tiles, sums_t
         return lax.fori_loop(0, len(panels), add, zeros(CHUNK, CHUNK))
 
     # Each table of decays is used and done with before the next is made: registers hold some four matrices.
-    lower = products("a", "b") * _decays(sums_tile, FOUND)
-    parts.unit_inverse(lower, inverse, (inner, scores))
+    parts.store(inner, products("a", "b") * _decays(sums_tile, FOUND))
+    parts.unit_inverse(inner, inverse, scores)
     parts.store(inner, products("a", "k") * _decays(sums_tile, FOUND))
     decays = scale * _decays(sums_tile, WRITTEN)
     parts.store(scores, products("q", "b") * decays)
-    of_values = products("q", "k") * decays
-    plgpu.commit_smem()
-    parts.store(scores, parts.times(scores, inverse))  # of what was written, back to what that was made of
-    plgpu.commit_smem()
-    of_values = (of_values + parts.times(scores, inner)).astype(q.dtype)
+    of_values = parts.through_writes(inverse, scores, inner, products("q", "k") * decays).astype(q.dtype)
 
-    since = along_columns(jnp.exp(_sum(sums_tile, FOUND, PER_COLUMN)), lower.shape)
+    since = along_columns(jnp.exp(_sum(sums_tile, FOUND, PER_COLUMN)), of_values.shape)
     fading = scale * jnp.exp(_sum(sums_tile, WRITTEN, PER_LINE))
     until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
     parts.store(scores, parts.load(scores) * since)
     within = parts.times(inverse, inner)
-    parts.store(inner, within * along_lines(until, lower.shape))
+    parts.store(inner, within * along_lines(until, of_values.shape))
     parts.store(inverse, parts.load(inverse) * since)
     plgpu.commit_smem()
 
-    def finish(n, _):
-        q_n, k_n, a_n, b_n = (tiles[name].at[n] for name in "qkab")
+    def scaled(name, tile):
+        x = plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
+        return x * along_lines(fading if name == "q" else until, x.shape)
 
-        def scaled(tile, factors):
-            x = plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
-            return x * along_lines(factors, x.shape)
-
-        def both_parts(left, right):
-            return parts.total(PANEL, (left(0), right), (left(1), right))
-
-        reads = scaled(q_n, fading) + both_parts(lambda part: scores.at[part], a_n)
-        q_n[...] = reads.astype(q.dtype)
-        a_n[...] = both_parts(lambda part: inverse.at[part], a_n).astype(q.dtype)
-        keys = scaled(k_n, until) + both_parts(lambda part: transposed(inner.at[part]), b_n)
-        k_n[...] = keys.astype(q.dtype)
-        b_n[...] = scaled(b_n, until).astype(q.dtype)
-
-    lax.fori_loop(0, len(panels), finish, None)
+    parts.finish(tiles, inverse, scores, inner, scaled)
     scores.at[0][...] = of_values
     plgpu.commit_smem()
     for n in panels:

@@ -1,0 +1,175 @@
+"""The tables of chunks with a decay for each key channel: one block for each chunk and head.
+
+Scores by halves, as in `decays.scores`: for a pair of tokens that part at a block of 2 h tokens, the factors of both are
+sums of log decays up to that block's middle, and one product of whole matrices has them for all such pairs. The sums
+are products with matrices of zeros and ones, of the log decays in two parts: 16 bits of each, and each sum adds up its
+own gates alone. Rows and columns are rounded with their factors; sums over 64 channels and more hardly feel it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.mosaic_gpu_products import MATRIX, matrix, zeros
+from pallas_kernels.delta_rule import mosaic_gpu_parts as parts
+from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK, PANEL, SWIZZLE, transposed
+
+COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+LEVELS = CHUNK.bit_length() - 1
+WIDEST = 192  # channels that fit the shared memory
+
+
+def forward(q, k, a, b, log_decay, scale: float) -> list[jax.Array]:
+    """read, own, seen, key, back, total (see `mosaic_gpu_tables.Tables`); log_decay: float32 `[B, T, H, K]`, finite."""
+    batch, length, heads, width = q.shape
+    dtype, panels = q.dtype, width // PANEL
+    swizzled = plgpu.TilingTransform((8, SWIZZLE // 4)), plgpu.SwizzleTransform(SWIZZLE)
+    tiles = functools.partial(matrix, panels, CHUNK, PANEL, dtype=dtype, swizzle=SWIZZLE)
+    scratch = dict(
+        tiles={name: tiles() for name in "qkab"},
+        gates=parts.parts(panels, dtype),
+        matrices=parts.parts(3, dtype),
+        gates_or_matrix=plgpu.RefUnion(
+            plgpu.SMEM((CHUNK, PANEL), jnp.float32, transforms=swizzled), parts.parts(1, dtype)
+        ),
+        sums_tile=plgpu.SMEM((panels, PANEL), jnp.float32),
+        here=plgpu.Barrier(num_arrivals=4 * panels),
+        gates_here=plgpu.Barrier(),
+    )
+
+    def delta_rule_tables_vector(*references):
+        pl.run_scoped(functools.partial(_block, scale, *references), **scratch)
+
+    rows = [jax.ShapeDtypeStruct((batch, length, heads, n), dtype) for n in (width, CHUNK, width, width, width)]
+    run = plgpu.kernel(
+        delta_rule_tables_vector,
+        out_type=[*rows, jax.ShapeDtypeStruct((batch, length // CHUNK, heads, width), jnp.float32)],
+        grid=(batch, length // CHUNK, heads),
+        grid_names=("row", "chunk", "head"),
+        compiler_params=COMPILER,
+    )
+    return run(q, k, a, b, log_decay)
+
+
+def _block(
+    scale, q, k, a, b, log_decay, read, own, seen, key, back, total, *, tiles, gates, matrices, gates_or_matrix,
+    sums_tile, here, gates_here,
+):  # fmt: skip
+    row, chunk, head = (lax.axis_index(name) for name in ("row", "chunk", "head"))
+    lines, panels, dtype = pl.ds(chunk * CHUNK, CHUNK), q.shape[3] // PANEL, q.dtype
+    gates_tile, (of_columns,) = gates_or_matrix[0], (gates_or_matrix[1].at[0],)
+
+    def panel(array, n):
+        return array.at[row, lines, head, pl.ds(n * PANEL, PANEL)]
+
+    for n in range(panels):
+        for name, array in zip("qkab", (q, k, a, b), strict=True):
+            plgpu.copy_gmem_to_smem(panel(array, n), tiles[name].at[n], here)
+
+    def split_gates(n, _):
+        plgpu.copy_gmem_to_smem(panel(log_decay, n), gates_tile, gates_here)
+        plgpu.barrier_wait(gates_here)
+        parts.store(gates.at[n], plgpu.load(gates_tile, layout=MATRIX))
+        plgpu.commit_smem()
+
+    lax.fori_loop(0, panels, split_gates, None)
+    plgpu.barrier_wait(here)
+    lower, inner = matrices.at[0], matrices.at[1]
+    ranges, of_rows = matrices.at[2, 0], matrices.at[2, 1]
+
+    def decays(n):
+        """The product of those tokens' decays that `ranges` has."""
+        return jnp.exp(parts.total(PANEL, (ranges, gates.at[n, 0]), (ranges, gates.at[n, 1])))
+
+    def load(name, n):
+        return plgpu.load(tiles[name].at[n], layout=MATRIX).astype(jnp.float32)
+
+    def level_by_level(rows, factor):
+        """Of `rows` with b and k, before the diagonal."""
+
+        def level(level, tables):
+            ranges[...] = _ranges(level).astype(dtype)
+            plgpu.commit_smem()
+            parting = lax.shift_right_logical(parts.iota(0) ^ parts.iota(1), level) == 1
+            mask = parting & (parts.iota(0) > parts.iota(1))
+
+            def add(n, tables):
+                middle = decays(n)
+                of_rows[...] = (load(rows, n) * middle * factor(n)).astype(dtype)
+                for i, name in enumerate("bk"):
+                    of_columns[i] = (load(name, n) * middle).astype(dtype)
+                plgpu.commit_smem()
+                found = (parts.total(CHUNK, (of_rows, transposed(of_columns.at[i]))) for i in range(2))
+                return tuple(table + parts.where(mask, x) for table, x in zip(tables, found, strict=True))
+
+            return lax.fori_loop(0, panels, add, tables)
+
+        return lax.fori_loop(0, LEVELS, level, (zeros(CHUNK, CHUNK), zeros(CHUNK, CHUNK)))
+
+    def token(n):
+        """The token's own decay, of queries: they read the state after it."""
+        return scale * jnp.exp(parts.load(gates.at[n]))
+
+    def of_itself(column):
+        def add(n, sum):
+            return sum + parts.total(CHUNK, (tiles["q"].at[n], transposed(tiles[column].at[n])))
+
+        return scale * parts.where(parts.iota(0) == parts.iota(1), lax.fori_loop(0, panels, add, zeros(CHUNK, CHUNK)))
+
+    of_writes, of_values = level_by_level("a", lambda n: 1.0)
+    parts.store(lower, of_writes)
+    parts.store(inner, of_values)
+    of_writes, of_values = level_by_level("q", token)
+    scores = of_columns
+    parts.store(scores, of_writes + of_itself("b"))
+    of_values = of_values + of_itself("k")
+
+    def fade(n, _):
+        """The tiles with all their factors; sums from the state before the chunk, then up to the state after it."""
+        q_n, k_n, a_n, b_n = (tiles[name].at[n] for name in "qkab")
+        line, column = parts.iota(0), parts.iota(1)
+        ranges[...] = parts.where(column < line, jnp.ones(line.shape, jnp.float32)).astype(dtype)
+        plgpu.commit_smem()
+        since = decays(n)
+        a_n[...] = (load("a", n) * since).astype(dtype)
+        since = since * jnp.exp(parts.load(gates.at[n]))
+        q_n[...] = (load("q", n) * (scale * since)).astype(dtype)
+        sums_tile[n] = parts.where(line == CHUNK - 1, since).sum(axis=0)
+        ranges[...] = parts.where(column > line, jnp.ones(line.shape, jnp.float32)).astype(dtype)
+        plgpu.commit_smem()
+        until = decays(n)
+        k_n[...] = (load("k", n) * until).astype(dtype)
+        b_n[...] = (load("b", n) * until).astype(dtype)
+
+    lax.fori_loop(0, panels, fade, None)
+    inverse = gates.at[0]
+    parts.unit_inverse(lower, inverse, matrices.at[2])
+    of_values = parts.through_writes(inverse, scores, inner, of_values).astype(dtype)
+    parts.store(inner, parts.times(inverse, inner))
+    plgpu.commit_smem()
+
+    def scaled(name, tile):
+        return plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
+
+    parts.finish(tiles, inverse, scores, inner, scaled)
+    scores.at[0][...] = of_values
+    plgpu.commit_smem()
+    for n in range(panels):
+        for tile, array in zip("qakb", (read, seen, key, back), strict=True):
+            plgpu.copy_smem_to_gmem(tiles[tile].at[n], panel(array, n))
+        plgpu.copy_smem_to_gmem(sums_tile.at[n], total.at[row, chunk, head, pl.ds(n * PANEL, PANEL)])
+    plgpu.copy_smem_to_gmem(scores.at[0], own.at[row, lines, head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _ranges(level: jax.Array) -> jax.Array:
+    """Line t has ones for the tokens between t and the middle of the block of 2^(level + 1) tokens that has it."""
+    line, column = parts.iota(0), parts.iota(1)
+    half = lax.shift_left(jnp.int32(1), level)
+    middle = (line & ~(2 * half - 1)) + half
+    between = jnp.where(line >= middle, (column >= middle) & (column < line), (column > line) & (column < middle))
+    return jnp.where(between, 1.0, 0.0)
