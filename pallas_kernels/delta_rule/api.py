@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.delta_rule import chunked, loop, reference
+from pallas_kernels.delta_rule import chunked, loop, mosaic_gpu, reference
 
 
 def delta_rule(
@@ -60,6 +60,7 @@ def delta_rule(
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
+    "mosaic_gpu": mosaic_gpu,
     "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=8)),
 }
 

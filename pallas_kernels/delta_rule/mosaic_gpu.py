@@ -9,8 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices
-from pallas_kernels.delta_rule.mosaic_gpu_tables import CHUNK, tables
+from pallas_kernels.delta_rule import mosaic_gpu_vector
+from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK
+from pallas_kernels.delta_rule.mosaic_gpu_tables import tables
 from pallas_kernels.delta_rule.reference import first_state, mark_documents, step
+from pallas_kernels.mosaic_gpu_states import states
 
 WIDTHS = {"K": 256, "V": 512}  # at most
 
@@ -22,7 +25,10 @@ def supports(q, k, v, a, b, log_decay, initial_state, segment_ids, scale) -> str
         return f"by Mosaic GPU needs a Hopper GPU (H100, H200), and this is {device.kind or device.platform}"
     if q.dtype not in ("bfloat16", "float16"):
         return f"by Mosaic GPU is for bfloat16 or float16, and q is {q.dtype}"
-    for (name, most), width in zip(WIDTHS.items(), (q.shape[3], v.shape[3]), strict=True):
+    widest = WIDTHS
+    if log_decay is not None and log_decay.ndim == 4:
+        widest = WIDTHS | {"K": mosaic_gpu_vector.WIDEST}
+    for (name, most), width in zip(widest.items(), (q.shape[3], v.shape[3]), strict=True):
         if width % 64 or width > most:
             return f"by Mosaic GPU has {name} that is a multiple of 64, up to {most}, and this is {width}"
     return None
@@ -50,26 +56,6 @@ def run(
     made = tables(tokens, scale)
     before, state = states(made.key, tokens.v, made.total, state, made.seen, made.back)
     return outputs(made.read, made.own, before, tokens.v)[:, :length], state
-
-
-def states(keys, values, total, initial, read, write):
-    """Stands in for the kernel."""
-    batch, length, heads, _ = keys.shape
-    chunk, dtype = length // total.shape[1], keys.dtype
-
-    def body(state, x):
-        keys, values, total, read, write = x
-        before = state.astype(dtype)
-        seen = _dot("bchk,bhkv->bchv", read, before).astype(dtype)
-        written = _dot("bchk,bchv->bhkv", keys, values) + _dot("bchk,bchv->bhkv", write, seen)
-        return total[..., None] * state + written, before
-
-    def chunks(x):
-        return x.reshape(batch, -1, chunk, heads, x.shape[-1]).swapaxes(0, 1)
-
-    inputs = chunks(keys), chunks(values), total.swapaxes(0, 1), chunks(read), chunks(write)
-    last, before = jax.lax.scan(body, initial, inputs)
-    return before.swapaxes(0, 1), last
 
 
 def outputs(

@@ -10,17 +10,18 @@ With M = (I - A_ab)^-1, the scores P_u, P_v of queries with b and k (a token's o
 in which S, the only thing that depends on what came before, is met by three matrix products.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.delta_rule import mosaic_gpu_scalar, mosaic_gpu_vector
 from pallas_kernels.delta_rule.blocks import product, unit_inverse
-from pallas_kernels.delta_rule.decays import factors, scores
+from pallas_kernels.delta_rule.decays import factors, finite, scores
+from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK
 from pallas_kernels.delta_rule.reference import Tokens
-
-CHUNK = 64
 
 
 class Tables(NamedTuple):
@@ -34,8 +35,46 @@ class Tables(NamedTuple):
     total: Float[Array, "B n H G"]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def tables(tokens: Tokens, scale: float) -> Tables:
-    """In plain JAX. T is a multiple of the chunk."""
+    """T is a multiple of the chunk. Differentiable once, in reverse; everything is computed again."""
+    q, k, _, a, b, log_decay = tokens
+    log_decay = finite(log_decay)
+    if log_decay.shape[3] > 1:
+        return Tables(*mosaic_gpu_vector.forward(q, k, a, b, log_decay, scale))
+    sums = running_sums(log_decay[..., 0])
+    made = mosaic_gpu_scalar.forward(q, k, a, b, sums, scale)
+    return Tables(*made, jnp.exp(sums[:, :, :, 0, -1:] + sums[:, :, :, 1, -1:]))
+
+
+def running_sums(log_decay: Float[Array, "B T H"]) -> Float[Array, "B n H 5 C"]:
+    """Of each chunk: the sums up to every token in two parts, then these without the token's own; last, those after it.
+
+    One float32 sum will not do: once a gate of -100 has gone into it, differences of it no longer know a gate of -1e-6.
+    So each log decay is cut into a multiple of 1/512, of which sums are exact, and a small rest.
+    """
+    batch, length, heads = log_decay.shape
+    gates = log_decay.reshape(batch, length // CHUNK, CHUNK, heads).swapaxes(2, 3)
+    coarse = jnp.round(gates * 512) / 512
+    parts = coarse, gates - coarse
+    sums = [jnp.cumsum(part, axis=-1) for part in parts]
+    until = sum(sum[..., -1:] - sum for sum in sums)
+    return jnp.stack([*sums, *(sum - part for sum, part in zip(sums, parts, strict=True)), until], axis=3)
+
+
+def _forward(tokens, scale):
+    return tables(tokens, scale), tokens
+
+
+def _backward(scale, tokens, cotangents):
+    return jax.vjp(lambda tokens: plain(tokens, scale), tokens)[1](cotangents)
+
+
+tables.defvjp(_forward, _backward)
+
+
+def plain(tokens: Tokens, scale: float) -> Tables:
+    """What the kernels compute, in plain JAX."""
     dtype, (batch, length, heads, _) = tokens.q.dtype, tokens.q.shape
     count = length // CHUNK
 

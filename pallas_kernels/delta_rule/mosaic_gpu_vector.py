@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.mosaic_gpu_products import MATRIX, matrix, zeros
+from pallas_kernels.attention.mosaic_gpu_products import MATRIX, PER_LINE, along_lines, matrix, zeros
 from pallas_kernels.delta_rule import mosaic_gpu_parts as parts
 from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK, PANEL, SWIZZLE, transposed
 
@@ -61,7 +61,7 @@ def _block(
 ):  # fmt: skip
     row, chunk, head = (lax.axis_index(name) for name in ("row", "chunk", "head"))
     lines, panels, dtype = pl.ds(chunk * CHUNK, CHUNK), q.shape[3] // PANEL, q.dtype
-    gates_tile, (of_columns,) = gates_or_matrix[0], (gates_or_matrix[1].at[0],)
+    gates_tile, of_columns = gates_or_matrix[0], gates_or_matrix[1].at[0]
 
     def panel(array, n):
         return array.at[row, lines, head, pl.ds(n * PANEL, PANEL)]
@@ -88,7 +88,7 @@ def _block(
     def load(name, n):
         return plgpu.load(tiles[name].at[n], layout=MATRIX).astype(jnp.float32)
 
-    def level_by_level(rows, factor):
+    def level_by_level(rows):
         """Of `rows` with b and k, before the diagonal."""
 
         def level(level, tables):
@@ -99,7 +99,7 @@ def _block(
 
             def add(n, tables):
                 middle = decays(n)
-                of_rows[...] = (load(rows, n) * middle * factor(n)).astype(dtype)
+                of_rows[...] = (load(rows, n) * middle).astype(dtype)
                 for i, name in enumerate("bk"):
                     of_columns[i] = (load(name, n) * middle).astype(dtype)
                 plgpu.commit_smem()
@@ -110,23 +110,25 @@ def _block(
 
         return lax.fori_loop(0, LEVELS, level, (zeros(CHUNK, CHUNK), zeros(CHUNK, CHUNK)))
 
-    def token(n):
-        """The token's own decay, of queries: they read the state after it."""
-        return scale * jnp.exp(parts.load(gates.at[n]))
+    def own_decay(n, sums):
+        """Queries read after the token's own decay, but what the token itself writes they read as it is."""
+        x = scale * load("q", n)
+        sums = tuple(sum + (x * load(name, n)).sum(axis=1) for sum, name in zip(sums, "bk", strict=True))
+        tiles["q"][n] = (x * jnp.exp(parts.load(gates.at[n]))).astype(dtype)
+        return sums
 
-    def of_itself(column):
-        def add(n, sum):
-            return sum + parts.total(CHUNK, (tiles["q"].at[n], transposed(tiles[column].at[n])))
+    nothing = zeros(CHUNK, layout=PER_LINE)
+    of_itself = lax.fori_loop(0, panels, own_decay, (nothing, nothing))
 
-        return scale * parts.where(parts.iota(0) == parts.iota(1), lax.fori_loop(0, panels, add, zeros(CHUNK, CHUNK)))
+    def with_itself(table, sum):
+        return table + parts.where(parts.iota(0) == parts.iota(1), along_lines(sum, table.shape))
 
-    of_writes, of_values = level_by_level("a", lambda n: 1.0)
+    of_writes, of_values = level_by_level("a")
     parts.store(lower, of_writes)
     parts.store(inner, of_values)
-    of_writes, of_values = level_by_level("q", token)
+    of_writes, of_values = map(with_itself, level_by_level("q"), of_itself)
     scores = of_columns
-    parts.store(scores, of_writes + of_itself("b"))
-    of_values = of_values + of_itself("k")
+    parts.store(scores, of_writes)
 
     def fade(n, _):
         """The tiles with all their factors; sums from the state before the chunk, then up to the state after it."""
@@ -136,9 +138,9 @@ def _block(
         plgpu.commit_smem()
         since = decays(n)
         a_n[...] = (load("a", n) * since).astype(dtype)
-        since = since * jnp.exp(parts.load(gates.at[n]))
-        q_n[...] = (load("q", n) * (scale * since)).astype(dtype)
-        sums_tile[n] = parts.where(line == CHUNK - 1, since).sum(axis=0)
+        q_n[...] = (load("q", n) * since).astype(dtype)
+        after = since * jnp.exp(parts.load(gates.at[n]))
+        sums_tile[n] = parts.where(line == CHUNK - 1, after).sum(axis=0)
         ranges[...] = parts.where(column > line, jnp.ones(line.shape, jnp.float32)).astype(dtype)
         plgpu.commit_smem()
         until = decays(n)
