@@ -1,10 +1,11 @@
 """Times an op's kernels on the device that is here, beside their rivals and beside what the device can do, in one run.
 
     python -m pallas_kernels.benchmark attention                                    8 minutes on a GPU
+    python -m pallas_kernels.benchmark scan                                         the same
     python -m pallas_kernels.benchmark attention --lengths=512 --quick              anywhere
 
 The rows go in the order of their importance; those for which the time does not suffice are named at the end, as not
-run. What was measured goes to pallas_kernels/<op>/measured/<device>-<date>.json, with device and versions.
+run. What was measured goes to <device>-<date>.json in the part's folder, with device and versions.
 
 Exit codes: 0 measured; 1 no row could be; 2 a mistake in the command.
 """
@@ -19,12 +20,13 @@ from typing import Any
 
 from absl import app, flags
 
-from pallas_kernels.benchmark import attention, timing
+from pallas_kernels.benchmark import attention, scan, timing
 from pallas_kernels.commands import fail, parse, versions
 from pallas_kernels.targets import nearest
 
-# name -> module with `rows(lengths, tokens of a call)`, `measure(row, peaks)` and the default LENGTHS
-PARTS = {"attention": attention}
+# name -> module with `rows(lengths, tokens of a call)`, `measure(row, peaks)`, the default LENGTHS, the folder MEASURED
+# for its results, and where there is more to say of all rows `summary(rows)`
+PARTS = {"attention": attention, "scan": scan}
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -33,6 +35,8 @@ PACKAGES = (
     "libtpu",
     "nvidia-cudnn-cu13",
     "torch",
+    "triton",
+    "flash-linear-attention",
     "jax-linear-attention",
 )
 
@@ -77,6 +81,8 @@ def main(argv: list[str]) -> None:
         done.append(part.measure(todo.pop(0), peaks))
         print(json.dumps(done[-1]), file=sys.stderr, flush=True)
     print(table(done))
+    if hasattr(part, "summary"):
+        print("\n" + part.summary(done))
     left = [f"{row.name}, {row.length:,} tokens, {row.what}" for row in todo]
     if left:
         print(f"\nnot run, for want of time ({BUDGET.value:.0f} s):" + "".join(f"\n  {row}" for row in left))
@@ -97,7 +103,7 @@ def main(argv: list[str]) -> None:
 
 def default_path(part: str, kind: str, date: str) -> Path:
     device = re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")
-    return Path(__file__).parents[1] / part / "measured" / f"{device}-{date}.json"
+    return Path(__file__).parents[1] / PARTS[part].MEASURED / f"{device}-{date}.json"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

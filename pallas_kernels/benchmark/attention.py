@@ -21,6 +21,7 @@ from pallas_kernels.benchmark import timing
 
 LENGTHS = tuple(1 << power for power in range(11, 18))
 TOKENS = 16_384
+MEASURED = "attention/measured"
 OURS = ("mosaic_gpu", "mosaic_tpu", "chunked")  # the first that supports a call is timed
 VARIANTS: dict[str, Callable[..., Shape]] = {
     "MHA 16 x 128, causal": functools.partial(Shape, H=16, G=16, K=128),
@@ -120,12 +121,12 @@ def forms(row: Row) -> Iterator[tuple[str, Callable[[int], Any], Callable[[Any],
     functions = {}
     for name in (*OURS, "cudnn"):
         function = functools.partial(_attend, options=options, implementation=name)
-        if supported(name, function, sets[0][: len(sizes)]) and not (name in OURS and functions):
+        if timing.supported(name, function, sets[0][: len(sizes)]) and not (name in OURS and functions):
             functions[name] = function
     if (theirs := jax_linear_attention(row, sets[0])) is not None:
         functions["jla"] = theirs
     for name, function in functions.items():
-        run = jax.jit(functools.partial(_both, function) if row.backward else function)
+        run = jax.jit(functools.partial(timing.both, function) if row.backward else function)
         yield name, lambda number, run=run: run(*sets[number % len(sets)]), jax.block_until_ready
     if (call := torch_sdpa(row)) is not None:
         yield "SDPA", *call
@@ -133,22 +134,6 @@ def forms(row: Row) -> Iterator[tuple[str, Callable[[int], Any], Callable[[Any],
 
 def _attend(q, k, v=None, *, options: dict[str, Any], implementation: str) -> jax.Array:
     return attention(q, k, v, **options, implementation=implementation)
-
-
-def _both(function: Callable, *arguments: jax.Array) -> tuple:
-    *arguments, cotangent = arguments
-    o, pullback = jax.vjp(function, *arguments)
-    return o, pullback(cotangent)
-
-
-def supported(name: str, function: Callable, arguments: tuple[jax.Array, ...]) -> bool:
-    try:
-        jax.eval_shape(function, *arguments)
-    except ValueError as error:
-        if str(error).startswith(f"implementation={name!r}"):
-            return False
-        raise
-    return True
 
 
 def jax_linear_attention(row: Row, arguments: tuple[jax.Array, ...]) -> Callable | None:

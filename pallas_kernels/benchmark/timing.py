@@ -43,6 +43,24 @@ def inputs(shapes: Sequence[tuple[int, ...]], dtype: Any, sets: int) -> list[tup
     return [make(jax.random.key(number)) for number in range(sets)]
 
 
+def both(function: Callable, *arguments: jax.Array) -> tuple:
+    """What the function gives for all arguments but the last, and their gradients, given that cotangent."""
+    *arguments, cotangent = arguments
+    o, pullback = jax.vjp(function, *arguments)
+    return o, pullback(cotangent)
+
+
+def supported(name: str, function: Callable, arguments: tuple[jax.Array, ...]) -> bool:
+    """Whether the implementation `name`, which the function asks for, takes such arguments on this device."""
+    try:
+        jax.eval_shape(function, *arguments)
+    except ValueError as error:
+        if str(error).startswith(f"implementation={name!r}"):
+            return False
+        raise
+    return True
+
+
 def sets_of(shapes: Sequence[tuple[int, ...]], itemsize: int) -> int:
     """How many sets of inputs are larger than the cache, 16 at most."""
     size = itemsize * sum(_product(shape) for shape in shapes)

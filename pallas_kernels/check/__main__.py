@@ -2,7 +2,7 @@
 
     python -m pallas_kernels.check --target=h100,h200,a100,b200,v5e,v5p,v6e     all rows: half an hour on two cores
     python -m pallas_kernels.check --target=h200 --ops=attention --quick        a few
-    python -m pallas_kernels.check --run                                        the conformance suite on this device
+    python -m pallas_kernels.check --run                                        the conformance suites on this device
     python -m pallas_kernels.check --rivals --target=v5e,v6e                    static cycles beside JAX's own kernels
 
 A row is one op at one shape, forward or forward and backward, by the implementation that is the default on the target,
@@ -42,7 +42,7 @@ QUICK = flags.DEFINE_bool("quick", False, "One or two shapes of each op, forward
 OUT = flags.DEFINE_string("out", None, "A JSON file for the rows, with versions and date.")
 CASES = flags.DEFINE_string("cases", "pallas_kernels.check.cases", "The module whose OPS are compiled.")
 JOBS = flags.DEFINE_integer("jobs", os.cpu_count(), "Targets that are compiled for at a time.", lower_bound=1)
-RUN = flags.DEFINE_bool("run", False, "Run the conformance suite on this machine's device instead.")
+RUN = flags.DEFINE_bool("run", False, "Run the ops' conformance suites on this machine's device instead.")
 RIVALS = flags.DEFINE_bool("rivals", False, "Count static cycles beside JAX's own TPU kernels instead.")
 
 COLUMNS = (
@@ -56,9 +56,13 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}: every argument is a flag, --name=value; see --help")
     if RUN.value:
-        from pallas_kernels.check.device import run
+        from pallas_kernels.check import device
 
-        sys.exit(run(QUICK.value))
+        names = OPS.value or list(device.OPS)
+        for name in names:
+            if name not in device.OPS:
+                fail(targets.nearest("op", name, device.OPS))
+        sys.exit(device.run(names, QUICK.value))
     default = ("v5e", "v6e") if RIVALS.value else tuple(targets.TARGETS)
     try:
         chosen = [targets.find(name) for name in TARGET.value or default]

@@ -132,13 +132,14 @@ def test_a_wrong_implementation_is_told_on_the_device(monkeypatch, capsys):
             o, logsumexp = chunked.run(*call)
             return o * jnp.asarray(1.5, o.dtype), logsumexp
 
-    monkeypatch.setattr(device, "QUICK", ("one tile",))
+    quick = device.OPS["attention"]._replace(quick=("one tile",))
+    monkeypatch.setattr(device, "OPS", {"attention": quick})
     monkeypatch.setattr(device, "DTYPES", {"cpu": ("float32",)})
     monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS | {"wrong": Wrong})
     conformance._program.cache_clear()
-    assert device.run(quick=True) == 1
+    assert device.run(["attention"], quick=True) == 1
     printed = capsys.readouterr().out
-    assert "1 right, 1 wrong" in printed and "| wrong | float32 | one tile | o 5.0e-01 WRONG" in printed
+    assert "1 right, 1 wrong" in printed and "| attention | wrong | float32 | one tile | o 5.0e-01 WRONG" in printed
 
 
 def check(*arguments):

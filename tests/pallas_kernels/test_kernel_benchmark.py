@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 from pallas_kernels.attention.shapes import Shape
-from pallas_kernels.benchmark import attention
+from pallas_kernels.benchmark import attention, scan, scan_models
 
 
 def benchmark(*arguments):
@@ -34,7 +36,7 @@ def test_mistakes_are_told(tmp_path):
     ended = benchmark("atention")
     assert (
         ended.returncode == 2
-        and "part='atention': expected one of attention. Did you mean 'attention'?" in ended.stderr
+        and "part='atention': expected one of attention, scan. Did you mean 'attention'?" in ended.stderr
     )
     ended = benchmark("attention", "--lengths=2k")
     assert ended.returncode == 2 and "--lengths=2k: expected numbers of tokens" in ended.stderr
@@ -53,3 +55,37 @@ def test_the_aims_come_first_and_work_is_counted():
     assert decoding.work == 2 * 2 * 128 * 2 * (64 + 64)
     latent = attention.Row("", 128, Shape(B=2, T=1, S=128, H=4, G=1, K=96, V=64), latent=True)
     assert latent.work == 2 * 2 * 128 * 96
+
+
+def test_scans_are_timed_beside_attention(tmp_path):
+    ended = benchmark("scan", "--lengths=16", "--quick", f"--out={tmp_path / 'measured.json'}")
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads((tmp_path / "measured.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["Mamba", "RetNet", "Mamba-2"]
+    assert all(row["by"] == "chunked" and row["lcr"] == row["chunked"] > 0 for row in rows)
+    assert all(row["attention / lcr"] > 0 and 0 < row["least / lcr"] < 1 for row in rows)
+    assert "less time than attention" in ended.stdout
+
+
+def test_every_model_is_a_call_of_its_op():
+    """Shapes alone: outputs as wide as the model says, gradients of every input."""
+    for name, model in scan_models.MODELS.items():
+        names = set(model.sizes(2, 32))
+        arguments = jax.eval_shape(lambda model=model: tuple(scan_models.inputs(model, 2, 32, jnp.bfloat16, 0).values()))
+        o = jax.eval_shape(model.run, *arguments)
+        assert o.shape[:2] == (2, 32) and o.size == 2 * 32 * model.width, name
+        for package, wanted in (("jla", model.jla[1]), ("fla", model.fla[1])):
+            assert set(wanted) <= names, (name, package)
+    assert len(scan.rows(scan.LENGTHS)) == 2 * len(scan.LENGTHS) * len(scan_models.MODELS)
+    assert {row.length for row in scan.rows(scan.LENGTHS)[:32]} == {8_192, 262_144}
+
+
+def test_the_least_time_counts_bytes_and_operations():
+    peaks = {"copy": 1e9, "matrix product": 1e30}
+    row = scan.Row("DeltaNet", 64, 2, backward=False)
+    tokens, width = 2 * 64, 16 * 128
+    assert scan.least(row, peaks) == 4 * tokens * (3 * width + 16 + width) / 1e9  # q, unit, v, beta; o; float32 on a CPU
+    both = scan.Row("DeltaNet", 64, 2, backward=True)
+    assert scan.least(both, peaks) == 2 * scan.least(row, peaks)
+    peaks = {"copy": 1e30, "matrix product": 1e9}
+    assert scan.least(row, peaks) == 4 * 2 * tokens * 16 * 128 * 128 / 1e9
