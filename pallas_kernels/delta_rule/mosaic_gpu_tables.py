@@ -89,7 +89,7 @@ def plain(tokens: Tokens, scale: float) -> Tables:
     q = q * scale
     rows, columns = jnp.stack([a, q * decays.token]), jnp.stack([b, k])
     (a_b, a_k), (q_b, q_k) = scores(rows, columns, decays)
-    own = jnp.sum(q[None] * columns, axis=-1)[..., None] * jnp.eye(CHUNK)
+    own = jnp.sum(q[None] * columns, axis=-1)[..., None] * jnp.eye(CHUNK)[None, None, None]
     q_b, q_k = q_b + own[0], q_k + own[1]
     inverse = unit_inverse(a_b)
     seen, inner = _times(inverse, a * decays.since), _times(inverse, a_k)
