@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import devices
 from pallas_kernels.delta_rule import mosaic_gpu_vector
 from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK
+from pallas_kernels.delta_rule.mosaic_gpu_outputs import outputs
 from pallas_kernels.delta_rule.mosaic_gpu_step import step
 from pallas_kernels.delta_rule.mosaic_gpu_tables import tables
 from pallas_kernels.delta_rule.reference import first_state, mark_documents
@@ -57,19 +58,3 @@ def run(
     made = tables(tokens, scale)
     before, state = states(made.key, tokens.v, made.total, state, made.seen, made.back)
     return outputs(made.read, made.own, before, tokens.v)[:, :length], state
-
-
-def outputs(
-    read: Float[Array, "B T H K"], own: Float[Array, "B T H C"], before: Float[Array, "B n H K V"], v: Float[Array, "B T H V"]
-) -> Float[Array, "B T H V"]:
-    """read S + own V, chunk by chunk."""
-
-    def chunks(x):
-        return x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:])
-
-    of_state = _dot("bnchk,bnhkv->bnchv", chunks(read), before)
-    return (of_state + _dot("bnchj,bnjhv->bnchv", chunks(own), chunks(v))).reshape(v.shape).astype(v.dtype)
-
-
-def _dot(formula, x, y):
-    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
