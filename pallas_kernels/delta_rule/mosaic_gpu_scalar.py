@@ -73,15 +73,15 @@ def _block(scale, q, k, a, b, sums, read, own, seen, key, back, *, tiles, sums_t
         return lax.fori_loop(0, len(panels), add, zeros(CHUNK, CHUNK))
 
     # Each table of decays is used and done with before the next is made: registers hold some four matrices.
-    parts.store(inner, products("a", "b") * _decays(sums_tile, FOUND))
+    parts.store(inner, products("a", "b") * decays_between(sums_tile, FOUND))
     parts.unit_inverse(inner, inverse, scores)
-    parts.store(inner, products("a", "k") * _decays(sums_tile, FOUND))
-    decays = scale * _decays(sums_tile, WRITTEN)
+    parts.store(inner, products("a", "k") * decays_between(sums_tile, FOUND))
+    decays = scale * decays_between(sums_tile, WRITTEN)
     parts.store(scores, products("q", "b") * decays)
     of_values = parts.through_writes(inverse, scores, inner, products("q", "k") * decays).astype(q.dtype)
 
-    since = along_columns(jnp.exp(_sum(sums_tile, FOUND, PER_COLUMN)), of_values.shape)
-    fading = scale * jnp.exp(_sum(sums_tile, WRITTEN, PER_LINE))
+    since = along_columns(jnp.exp(sum_of(sums_tile, FOUND, PER_COLUMN)), of_values.shape)
+    fading = scale * jnp.exp(sum_of(sums_tile, WRITTEN, PER_LINE))
     until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
     parts.store(scores, parts.load(scores) * since)
     within = parts.times(inverse, inner)
@@ -103,7 +103,7 @@ def _block(scale, q, k, a, b, sums, read, own, seen, key, back, *, tiles, sums_t
     plgpu.wait_smem_to_gmem(0)
 
 
-def _decays(sums_tile, rows):
+def decays_between(sums_tile, rows):
     """From token (column) to token (line), later or, up to a token's own decay, the same; 0 elsewhere."""
     shape = CHUNK, CHUNK
     exponents = 0.0
@@ -116,5 +116,5 @@ def _decays(sums_tile, rows):
     return parts.where(mask, jnp.exp(parts.where(mask, exponents)))
 
 
-def _sum(sums_tile, rows, layout):
+def sum_of(sums_tile, rows, layout):
     return sum(plgpu.load(sums_tile.at[row], layout=layout) for row in rows)

@@ -1,0 +1,219 @@
+"""The way back through the tables of chunks with one decay a head, or none: one block for each chunk and head.
+
+Everything that the forward kernel made in shared memory is made again. With N = P_u M and Z = M A_ak, and a' = a since,
+b' = b until, the cotangents of what `mosaic_gpu_tables` has as formulas are
+
+    dN = dread a'^T + down A_ak^T           dZ = b' dkey^T              dM = P_u^T dN + dseen a'^T + dZ A_ak^T
+    dP_u = dN M^T      dP_v = down          dA_ak = N^T down + M^T dZ   dA_ab = M^T dM M^T, below the diagonal
+    da' = N^T dread + M^T dseen             db' = dback + Z dkey
+
+and the rest are the scores' own: those of exponents are sums over the lines and columns of cotangents times scores.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.mosaic_gpu_products import (
+    MATRIX,
+    PER_COLUMN,
+    PER_LINE,
+    along_columns,
+    along_lines,
+    matrix,
+    zeros,
+)
+from pallas_kernels.delta_rule import mosaic_gpu_parts as parts
+from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK, PANEL, SWIZZLE, Transposed, times_tile, transposed
+from pallas_kernels.delta_rule.mosaic_gpu_scalar import COMPILER, FOUND, SUMS, UNTIL, WRITTEN, decays_between, sum_of
+
+INPUTS = ("q", "k", "a", "b")
+COTANGENTS = ("read", "seen", "key", "back")
+MATRICES = ("lower", "inverse", "scores", "values", "inner", "through", "within", "one", "other")
+BY_LINE, BY_COLUMN, OF_FOUND, OF_UNTIL = range(4)  # of the sums' cotangents; the first two are of WRITTEN
+
+
+def backward(q, k, a, b, sums, cotangents, scale: float) -> tuple[list[jax.Array], jax.Array]:
+    """The cotangents of q, k, a, b, and of `sums`; cotangents: those of read, own, seen, key, back."""
+    batch, length, heads, width = q.shape
+    dtype = q.dtype
+    tile = functools.partial(matrix, dtype=dtype, swizzle=SWIZZLE)
+    scratch = dict(
+        tiles={name: tile(1, CHUNK, PANEL) for name in (*INPUTS, *COTANGENTS)},
+        own_tile=tile(CHUNK, PANEL),
+        sums_tile=plgpu.SMEM((SUMS, CHUNK), jnp.float32),
+        d_sums_tile=plgpu.SMEM((4, CHUNK), jnp.float32),
+        matrices={name: parts.parts(1, dtype) for name in MATRICES},
+        nought=plgpu.SMEM((CHUNK,), jnp.int32),
+        once=plgpu.Barrier(num_arrivals=2),
+        three=plgpu.Barrier(num_arrivals=3),
+        five=plgpu.Barrier(num_arrivals=5),
+        eight=plgpu.Barrier(num_arrivals=8),
+    )
+
+    def delta_rule_tables_scalar_backward(*references):
+        pl.run_scoped(functools.partial(_block, scale, *references), **scratch)
+
+    run = plgpu.kernel(
+        delta_rule_tables_scalar_backward,
+        out_type=[jax.ShapeDtypeStruct(q.shape, dtype)] * 4
+        + [jax.ShapeDtypeStruct((*sums.shape[:3], 4, CHUNK), jnp.float32)],
+        grid=(batch, length // CHUNK, heads),
+        grid_names=("row", "chunk", "head"),
+        compiler_params=COMPILER,
+    )
+    *of_inputs, of_sums = run(q, k, a, b, sums, *cotangents)
+    written = of_sums[:, :, :, BY_LINE] - of_sums[:, :, :, BY_COLUMN]
+    none = jnp.zeros_like(written)
+    # of the sums' coarse parts there is nothing to know: they are constants
+    of_sums = jnp.stack([none, written, none, of_sums[:, :, :, OF_FOUND], of_sums[:, :, :, OF_UNTIL]], axis=3)
+    return of_inputs, of_sums
+
+
+def _block(
+    scale, q, k, a, b, sums, d_read, d_own, d_seen, d_key, d_back, dq, dk, da, db, d_sums, *, tiles, own_tile,
+    sums_tile, d_sums_tile, matrices, nought, once, three, five, eight,
+):  # fmt: skip
+    row, chunk, head = (lax.axis_index(name) for name in ("row", "chunk", "head"))
+    lines, panels, dtype = pl.ds(chunk * CHUNK, CHUNK), q.shape[3] // PANEL, q.dtype
+    arrays = {"q": q, "k": k, "a": a, "b": b, "read": d_read, "seen": d_seen, "key": d_key, "back": d_back}
+    nothing = zeros(CHUNK, CHUNK)
+    nought[...] = zeros(CHUNK, layout=PER_LINE).astype(jnp.int32)
+    plgpu.commit_smem()
+
+    def m(name):
+        """One of the matrices, at an index that the compiler cannot see through: it would compute all addresses of all
+        operands first, and keep them in registers, which are too few."""
+        return matrices[name].at[nought[0]]
+
+    def t(name):
+        return tiles[name].at[nought[0]]
+
+    def panel(array, n):
+        return array.at[row, lines, head, pl.ds(n * PANEL, PANEL)]
+
+    def fetch(names, n, barrier):
+        plgpu.commit_smem()  # nobody reads the tiles any more
+        for name in names:
+            plgpu.copy_gmem_to_smem(panel(arrays[name], n), tiles[name].at[0], barrier)
+        plgpu.barrier_wait(barrier)
+
+    def product(left, right):
+        return parts.total(CHUNK, (t(left), transposed(t(right))))
+
+    def sums_over_panels(names, barrier, pairs):
+        def add(n, found):
+            fetch(names, n, barrier)
+            return tuple(sum + product(*pair) for sum, pair in zip(found, pairs, strict=True))
+
+        return lax.fori_loop(0, panels, add, (nothing,) * len(pairs))
+
+    plgpu.copy_gmem_to_smem(sums.at[row, chunk, head], sums_tile, once)
+    plgpu.copy_gmem_to_smem(d_own.at[row, lines, head], own_tile, once)
+    plgpu.barrier_wait(once)
+    of_writes, of_values = sums_over_panels(("a", "b", "k"), three, (("a", "b"), ("a", "k")))
+    decays = decays_between(sums_tile, FOUND)
+    parts.store(m("lower"), of_writes * decays)
+    parts.store(m("inner"), of_values * decays)
+    of_writes, of_values = sums_over_panels(("q", "b", "k"), three, (("q", "b"), ("q", "k")))
+    decays = scale * decays_between(sums_tile, WRITTEN)
+    parts.store(m("scores"), of_writes * decays)
+    parts.store(m("values"), of_values * decays)
+    parts.unit_inverse(m("lower"), m("inverse"), m("one"))
+    parts.store(m("through"), parts.times(m("scores"), m("inverse")))
+    parts.store(m("within"), parts.times(m("inverse"), m("inner")))
+
+    pairs = ("read", "a"), ("seen", "a"), ("b", "key")
+    d_through, d_inverse, d_within = sums_over_panels(("a", "b", "read", "seen", "key"), five, pairs)
+    since = along_columns(jnp.exp(sum_of(sums_tile, FOUND, PER_COLUMN)), nothing.shape)
+    until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
+    own_with_inner = ((own_tile, part) for part in parts.both(Transposed(m("inner"))))
+    parts.store(m("one"), d_through * since + parts.total(CHUNK, *own_with_inner))
+    parts.store(m("other"), d_within * along_lines(until, nothing.shape))
+    plgpu.commit_smem()
+    d_inverse = d_inverse * since + parts.times(Transposed(m("scores")), m("one"))
+    d_inverse = d_inverse + parts.times(m("other"), Transposed(m("inner")))
+
+    # Cotangents of exponents, then of the scores without their decays, in one part, where the scores were.
+    d_scores = parts.times(m("one"), Transposed(m("inverse")))
+    of_exponents = d_scores * parts.load(m("scores"))
+    m("scores").at[0][...] = (d_scores * (scale * decays_between(sums_tile, WRITTEN))).astype(dtype)
+    own = plgpu.load(own_tile, layout=MATRIX).astype(jnp.float32)
+    of_exponents = of_exponents + own * parts.load(m("values"))
+    m("values").at[0][...] = (own * (scale * decays_between(sums_tile, WRITTEN))).astype(dtype)
+    of_written, of_columns = of_exponents.sum(axis=1), of_exponents.sum(axis=0)
+
+    d_inner = parts.total(CHUNK, *times_tile(Transposed(m("through")), own_tile))
+    d_inner = d_inner + parts.times(Transposed(m("inverse")), m("other"))
+    of_exponents = d_inner * parts.load(m("inner"))
+    m("inner").at[0][...] = (d_inner * decays_between(sums_tile, FOUND)).astype(dtype)
+    of_found, of_columns = of_exponents.sum(axis=1), of_columns + of_exponents.sum(axis=0)
+
+    parts.store(m("other"), d_inverse)
+    plgpu.commit_smem()
+    parts.store(m("one"), parts.times(Transposed(m("inverse")), m("other")))
+    plgpu.commit_smem()
+    d_lower = parts.times(m("one"), Transposed(m("inverse")))
+    of_exponents = d_lower * parts.load(m("lower"))
+    m("lower").at[0][...] = (d_lower * decays_between(sums_tile, FOUND)).astype(dtype)
+    of_found, of_columns = of_found + of_exponents.sum(axis=1), of_columns + of_exponents.sum(axis=0)
+    d_sums_tile[BY_COLUMN] = of_columns
+
+    since = jnp.exp(sum_of(sums_tile, FOUND, PER_LINE))
+    fading = scale * jnp.exp(sum_of(sums_tile, WRITTEN, PER_LINE))
+
+    def d(name):
+        return m(name).at[0]
+
+    def of_inputs(n, carry):
+        of_written, of_found, of_until = carry
+        fetch((*INPUTS, *COTANGENTS), n, eight)
+
+        def load(name):
+            return plgpu.load(t(name), layout=MATRIX).astype(jnp.float32)
+
+        def scaled(x, factors):
+            return x * along_lines(factors, x.shape)
+
+        found = parts.total(
+            PANEL,
+            *times_tile(Transposed(m("through")), t("read")),
+            *times_tile(Transposed(m("inverse")), t("seen")),
+        )
+        found = scaled(found, since)
+        of_found = of_found + (found * load("a")).sum(axis=1)
+        rest = parts.total(PANEL, (d("lower"), t("b")), (d("inner"), t("k")))
+        t("seen")[...] = (found + rest).astype(dtype)
+
+        found = scaled(load("back") + parts.total(PANEL, *times_tile(m("within"), t("key"))), until)
+        of_until = of_until + (found * load("b")).sum(axis=1)
+        rest = parts.total(PANEL, (transposed(d("lower")), t("a")), (transposed(d("scores")), t("q")))
+        t("back")[...] = (found + rest).astype(dtype)
+
+        found = scaled(load("read"), fading)
+        of_written = of_written + (found * load("q")).sum(axis=1)
+        rest = parts.total(PANEL, (d("scores"), t("b")), (d("values"), t("k")))
+        t("read")[...] = (found + rest).astype(dtype)
+
+        found = scaled(load("key"), until)
+        of_until = of_until + (found * load("k")).sum(axis=1)
+        rest = parts.total(PANEL, (transposed(d("inner")), t("a")), (transposed(d("values")), t("q")))
+        t("key")[...] = (found + rest).astype(dtype)
+        plgpu.commit_smem()
+        for name, result in {"read": dq, "key": dk, "seen": da, "back": db}.items():
+            plgpu.copy_smem_to_gmem(tiles[name].at[0], panel(result, n))
+        plgpu.wait_smem_to_gmem(0)
+        return of_written, of_found, of_until
+
+    carry = of_written, of_found, zeros(CHUNK, layout=PER_LINE)
+    of_written, of_found, of_until = lax.fori_loop(0, panels, of_inputs, carry)
+    d_sums_tile[BY_LINE] = of_written
+    d_sums_tile[OF_FOUND] = of_found
+    d_sums_tile[OF_UNTIL] = of_until
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(d_sums_tile, d_sums.at[row, chunk, head])
+    plgpu.wait_smem_to_gmem(0)
