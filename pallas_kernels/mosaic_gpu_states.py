@@ -74,6 +74,13 @@ def supports(key_width: int, value_width: int, dtype: Any) -> str | None:
     return None
 
 
+def batched_product(formula: str, x: jax.Array, y: jax.Array) -> Float[Array, "..."]:
+    """An einsum by XLA with float32 sums; on the CPU that simulates a GPU, of operands in float32, which is all it has."""
+    if devices.current().interpreted:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _states(chunk, keys, values, total, initial, read, write):
     return recurrence(chunk, total, initial, products_of=(keys, values), read=read, write=write)
@@ -95,8 +102,7 @@ def _backward(chunk, residuals, cotangents):
         return x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
 
     def product(formula, x, y, like):
-        result = jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
-        return result.reshape(like.shape).astype(like.dtype)
+        return batched_product(formula, x, y).reshape(like.shape).astype(like.dtype)
 
     d_keys = product("bnchv,bnhkv->bnchk", chunks(values), after, keys)
     d_values = product("bnchk,bnhkv->bnchv", chunks(keys), after, values)
@@ -250,7 +256,7 @@ def _block(plan, group, inputs, before, last, tiles, *, rounded, left, here, fre
             if "until" in tiles:
                 until = plgpu.load(tiles["until"].at[slot], layout=products.PER_COLUMN)
                 values = plgpu.layout_cast(plgpu.load(values, layout=TRANSPOSED), products.MATRIX)
-                values = (values * products.along_columns(until, values.shape)).astype(before.dtype)
+                values = (values.astype(jnp.float32) * products.along_columns(until, values.shape)).astype(before.dtype)
             return values, tiles["keys"].at[slot]
 
         def read_and_write(own, slot):
@@ -280,6 +286,7 @@ def _block(plan, group, inputs, before, last, tiles, *, rounded, left, here, fre
             terms = [values_and_keys(slot)] if "keys" in tiles else []
             terms += [read_and_write(own, slot)] if "read" in tiles else []
             state = products.added_all(state, terms, own_left)
+            plgpu.commit_smem()  # what was read in the ordinary way is read before the next copy writes it
             plgpu.barrier_arrive(free.at[slot])
             return state
 

@@ -34,7 +34,8 @@ from pallas_kernels.delta_rule.mosaic_gpu_scalar import COMPILER, FOUND, SUMS, U
 INPUTS = ("q", "k", "a", "b")
 COTANGENTS = ("read", "seen", "key", "back")
 MATRICES = ("lower", "inverse", "scores", "values", "inner", "through", "within", "one", "other")
-BY_LINE, BY_COLUMN, OF_FOUND, OF_UNTIL = range(4)  # of the sums' cotangents; the first two are of WRITTEN
+OF_WRITTEN, OF_FOUND, OF_UNTIL, BY_COLUMN = range(4)  # of the sums' cotangents; BY_COLUMN, of WRITTEN too, one a table
+TABLES = 4
 
 
 def backward(q, k, a, b, sums, cotangents, scale: float) -> tuple[list[jax.Array], jax.Array]:
@@ -46,12 +47,12 @@ def backward(q, k, a, b, sums, cotangents, scale: float) -> tuple[list[jax.Array
         tiles={name: tile(1, CHUNK, PANEL) for name in (*INPUTS, *COTANGENTS)},
         own_tile=tile(CHUNK, PANEL),
         sums_tile=plgpu.SMEM((SUMS, CHUNK), jnp.float32),
-        d_sums_tile=plgpu.SMEM((4, CHUNK), jnp.float32),
+        d_sums_tile=plgpu.SMEM((BY_COLUMN + TABLES, CHUNK), jnp.float32),
         matrices={name: parts.parts(1, dtype) for name in MATRICES},
         nought=plgpu.SMEM((CHUNK,), jnp.int32),
         once=plgpu.Barrier(num_arrivals=2),
         three=plgpu.Barrier(num_arrivals=3),
-        five=plgpu.Barrier(num_arrivals=5),
+        four=plgpu.Barrier(num_arrivals=4),
         eight=plgpu.Barrier(num_arrivals=8),
     )
 
@@ -61,13 +62,13 @@ def backward(q, k, a, b, sums, cotangents, scale: float) -> tuple[list[jax.Array
     run = plgpu.kernel(
         delta_rule_tables_scalar_backward,
         out_type=[jax.ShapeDtypeStruct(q.shape, dtype)] * 4
-        + [jax.ShapeDtypeStruct((*sums.shape[:3], 4, CHUNK), jnp.float32)],
+        + [jax.ShapeDtypeStruct((*sums.shape[:3], BY_COLUMN + TABLES, CHUNK), jnp.float32)],
         grid=(batch, length // CHUNK, heads),
         grid_names=("row", "chunk", "head"),
         compiler_params=COMPILER,
     )
     *of_inputs, of_sums = run(q, k, a, b, sums, *cotangents)
-    written = of_sums[:, :, :, BY_LINE] - of_sums[:, :, :, BY_COLUMN]
+    written = of_sums[:, :, :, OF_WRITTEN] - of_sums[:, :, :, BY_COLUMN:].sum(axis=3)
     none = jnp.zeros_like(written)
     # of the sums' coarse parts there is nothing to know: they are constants
     of_sums = jnp.stack([none, written, none, of_sums[:, :, :, OF_FOUND], of_sums[:, :, :, OF_UNTIL]], axis=3)
@@ -76,7 +77,7 @@ def backward(q, k, a, b, sums, cotangents, scale: float) -> tuple[list[jax.Array
 
 def _block(
     scale, q, k, a, b, sums, d_read, d_own, d_seen, d_key, d_back, dq, dk, da, db, d_sums, *, tiles, own_tile,
-    sums_tile, d_sums_tile, matrices, nought, once, three, five, eight,
+    sums_tile, d_sums_tile, matrices, nought, once, three, four, eight,
 ):  # fmt: skip
     row, chunk, head = (lax.axis_index(name) for name in ("row", "chunk", "head"))
     lines, panels, dtype = pl.ds(chunk * CHUNK, CHUNK), q.shape[3] // PANEL, q.dtype
@@ -127,51 +128,58 @@ def _block(
     parts.store(m("through"), parts.times(m("scores"), m("inverse")))
     parts.store(m("within"), parts.times(m("inverse"), m("inner")))
 
-    pairs = ("read", "a"), ("seen", "a"), ("b", "key")
-    d_through, d_inverse, d_within = sums_over_panels(("a", "b", "read", "seen", "key"), five, pairs)
+    # Of each table of scores the cotangents of its exponents, and then, in one part, of the scores without decays.
+    def finish(number, d_table, table, rows, place):
+        exponents = d_table * parts.load(table)
+        d_sums_tile[BY_COLUMN + number] = exponents.sum(axis=0)
+        decays = decays_between(sums_tile, rows)
+        place[...] = (d_table * (decays if rows == FOUND else scale * decays)).astype(dtype)
+        plgpu.commit_smem()
+        return exponents.sum(axis=1)
+
+    plgpu.commit_smem()
+    own = plgpu.load(own_tile, layout=MATRIX).astype(jnp.float32)
+    of_written = finish(0, own, m("values"), WRITTEN, m("values").at[0])
+
+    pairs = ("read", "a"), ("b", "key")
+    d_through, d_within = sums_over_panels(("a", "b", "read", "key"), four, pairs)
     since = along_columns(jnp.exp(sum_of(sums_tile, FOUND, PER_COLUMN)), nothing.shape)
     until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
     own_with_inner = ((own_tile, part) for part in parts.both(Transposed(m("inner"))))
     parts.store(m("one"), d_through * since + parts.total(CHUNK, *own_with_inner))
     parts.store(m("other"), d_within * along_lines(until, nothing.shape))
     plgpu.commit_smem()
-    d_inverse = d_inverse * since + parts.times(Transposed(m("scores")), m("one"))
-    d_inverse = d_inverse + parts.times(m("other"), Transposed(m("inner")))
-
-    # Cotangents of exponents, then of the scores without their decays, in one part, where the scores were.
     d_scores = parts.times(m("one"), Transposed(m("inverse")))
-    of_exponents = d_scores * parts.load(m("scores"))
-    m("scores").at[0][...] = (d_scores * (scale * decays_between(sums_tile, WRITTEN))).astype(dtype)
-    own = plgpu.load(own_tile, layout=MATRIX).astype(jnp.float32)
-    of_exponents = of_exponents + own * parts.load(m("values"))
-    m("values").at[0][...] = (own * (scale * decays_between(sums_tile, WRITTEN))).astype(dtype)
-    of_written, of_columns = of_exponents.sum(axis=1), of_exponents.sum(axis=0)
-
+    of_written = of_written + finish(1, d_scores, m("scores"), WRITTEN, m("values").at[1])
     d_inner = parts.total(CHUNK, *times_tile(Transposed(m("through")), own_tile))
     d_inner = d_inner + parts.times(Transposed(m("inverse")), m("other"))
-    of_exponents = d_inner * parts.load(m("inner"))
-    m("inner").at[0][...] = (d_inner * decays_between(sums_tile, FOUND)).astype(dtype)
-    of_found, of_columns = of_exponents.sum(axis=1), of_columns + of_exponents.sum(axis=0)
+    of_found = finish(2, d_inner, m("inner"), FOUND, own_tile)
 
+    (d_inverse,) = sums_over_panels(("a", "seen"), once, (("seen", "a"),))
+    since = along_columns(jnp.exp(sum_of(sums_tile, FOUND, PER_COLUMN)), nothing.shape)
+    d_inverse = d_inverse * since + parts.times(Transposed(m("scores")), m("one"))
+    d_inverse = d_inverse + parts.times(m("other"), Transposed(m("inner")))
     parts.store(m("other"), d_inverse)
     plgpu.commit_smem()
     parts.store(m("one"), parts.times(Transposed(m("inverse")), m("other")))
     plgpu.commit_smem()
     d_lower = parts.times(m("one"), Transposed(m("inverse")))
-    of_exponents = d_lower * parts.load(m("lower"))
-    m("lower").at[0][...] = (d_lower * decays_between(sums_tile, FOUND)).astype(dtype)
-    of_found, of_columns = of_found + of_exponents.sum(axis=1), of_columns + of_exponents.sum(axis=0)
-    d_sums_tile[BY_COLUMN] = of_columns
+    of_found = of_found + finish(3, d_lower, m("lower"), FOUND, m("lower").at[0])
 
-    since = jnp.exp(sum_of(sums_tile, FOUND, PER_LINE))
-    fading = scale * jnp.exp(sum_of(sums_tile, WRITTEN, PER_LINE))
 
     def d(name):
-        return m(name).at[0]
+        places = {"lower": (m("lower"), 0), "values": (m("values"), 0), "scores": (m("values"), 1)}
+        if name == "inner":
+            return own_tile
+        matrix, part = places[name]
+        return matrix.at[part]
 
     def of_inputs(n, carry):
         of_written, of_found, of_until = carry
         fetch((*INPUTS, *COTANGENTS), n, eight)
+        since = jnp.exp(sum_of(sums_tile, FOUND, PER_LINE))
+        fading = scale * jnp.exp(sum_of(sums_tile, WRITTEN, PER_LINE))
+        until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
 
         def load(name):
             return plgpu.load(t(name), layout=MATRIX).astype(jnp.float32)
@@ -211,7 +219,7 @@ def _block(
 
     carry = of_written, of_found, zeros(CHUNK, layout=PER_LINE)
     of_written, of_found, of_until = lax.fori_loop(0, panels, of_inputs, carry)
-    d_sums_tile[BY_LINE] = of_written
+    d_sums_tile[OF_WRITTEN] = of_written
     d_sums_tile[OF_FOUND] = of_found
     d_sums_tile[OF_UNTIL] = of_until
     plgpu.commit_smem()

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.delta_rule import mosaic_gpu_scalar, mosaic_gpu_vector
+from pallas_kernels.delta_rule import mosaic_gpu_scalar, mosaic_gpu_scalar_backward, mosaic_gpu_vector
 from pallas_kernels.delta_rule.blocks import product, unit_inverse
 from pallas_kernels.delta_rule.decays import factors, finite, scores
 from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK
@@ -42,24 +42,25 @@ def tables(tokens: Tokens, scale: float) -> Tables:
     log_decay = finite(log_decay)
     if log_decay.shape[3] > 1:
         return Tables(*mosaic_gpu_vector.forward(q, k, a, b, log_decay, scale))
-    sums = running_sums(log_decay[..., 0])
-    made = mosaic_gpu_scalar.forward(q, k, a, b, sums, scale)
-    return Tables(*made, jnp.exp(sums[:, :, :, 0, -1:] + sums[:, :, :, 1, -1:]))
+    sums, total = running_sums(log_decay)
+    return Tables(*mosaic_gpu_scalar.forward(q, k, a, b, sums, scale), total)
 
 
-def running_sums(log_decay: Float[Array, "B T H"]) -> Float[Array, "B n H 5 C"]:
-    """Of each chunk: the sums up to every token in two parts, then these without the token's own; last, those after it.
+def running_sums(log_decay: Float[Array, "B T H 1"]) -> tuple[Float[Array, "B n H 5 C"], Float[Array, "B n H 1"]]:
+    """Of each chunk the sums up to every token in two parts, these without the token's own, and those after it; and what
+    is left of a state after all of the chunk.
 
     One float32 sum will not do: once a gate of -100 has gone into it, differences of it no longer know a gate of -1e-6.
     So each log decay is cut into a multiple of 1/512, of which sums are exact, and a small rest.
     """
-    batch, length, heads = log_decay.shape
+    batch, length, heads, _ = log_decay.shape
     gates = log_decay.reshape(batch, length // CHUNK, CHUNK, heads).swapaxes(2, 3)
-    coarse = jnp.round(gates * 512) / 512
+    coarse = jax.lax.stop_gradient(jnp.round(gates * 512) / 512)
     parts = coarse, gates - coarse
     sums = [jnp.cumsum(part, axis=-1) for part in parts]
     until = sum(sum[..., -1:] - sum for sum in sums)
-    return jnp.stack([*sums, *(sum - part for sum, part in zip(sums, parts, strict=True)), until], axis=3)
+    found = (sum - part for sum, part in zip(sums, parts, strict=True))
+    return jnp.stack([*sums, *found, until], axis=3), jnp.exp(sum(sum[..., -1:] for sum in sums))
 
 
 def _forward(tokens, scale):
@@ -67,7 +68,13 @@ def _forward(tokens, scale):
 
 
 def _backward(scale, tokens, cotangents):
-    return jax.vjp(lambda tokens: plain(tokens, scale), tokens)[1](cotangents)
+    if tokens.log_decay.shape[3] > 1:
+        return jax.vjp(lambda tokens: plain(tokens, scale), tokens)[1](cotangents)
+    q, k, v, a, b, log_decay = tokens
+    (sums, _), pullback = jax.vjp(lambda log_decay: running_sums(finite(log_decay)), log_decay)
+    *of_made, of_total = cotangents
+    (dq, dk, da, db), of_sums = mosaic_gpu_scalar_backward.backward(q, k, a, b, sums, of_made, scale)
+    return (Tokens(dq, dk, jnp.zeros_like(v), da, db, *pullback((of_sums, of_total))),)
 
 
 tables.defvjp(_forward, _backward)
