@@ -53,6 +53,7 @@ def backward(q, k, a, b, sums, cotangents, scale: float) -> tuple[list[jax.Array
         once=plgpu.Barrier(num_arrivals=2),
         three=plgpu.Barrier(num_arrivals=3),
         four=plgpu.Barrier(num_arrivals=4),
+        six=plgpu.Barrier(num_arrivals=6),
         eight=plgpu.Barrier(num_arrivals=8),
     )
 
@@ -77,7 +78,7 @@ def backward(q, k, a, b, sums, cotangents, scale: float) -> tuple[list[jax.Array
 
 def _block(
     scale, q, k, a, b, sums, d_read, d_own, d_seen, d_key, d_back, dq, dk, da, db, d_sums, *, tiles, own_tile,
-    sums_tile, d_sums_tile, matrices, nought, once, three, four, eight,
+    sums_tile, d_sums_tile, matrices, nought, once, three, four, six, eight,
 ):  # fmt: skip
     row, chunk, head = (lax.axis_index(name) for name in ("row", "chunk", "head"))
     lines, panels, dtype = pl.ds(chunk * CHUNK, CHUNK), q.shape[3] // PANEL, q.dtype
@@ -174,51 +175,58 @@ def _block(
         matrix, part = places[name]
         return matrix.at[part]
 
-    def of_inputs(n, carry):
-        of_written, of_found, of_until = carry
+    def load(name):
+        return plgpu.load(t(name), layout=MATRIX).astype(jnp.float32)
+
+    def scaled(x, factors):
+        return x * along_lines(factors, x.shape)
+
+    def give(results, n):
+        plgpu.commit_smem()
+        for name, result in results.items():
+            plgpu.copy_smem_to_gmem(tiles[name].at[0], panel(result, n))
+        plgpu.wait_smem_to_gmem(0)
+
+    def of_a_and_b(n, carry):
+        of_found, of_until = carry
         fetch((*INPUTS, *COTANGENTS), n, eight)
-        since = jnp.exp(sum_of(sums_tile, FOUND, PER_LINE))
-        fading = scale * jnp.exp(sum_of(sums_tile, WRITTEN, PER_LINE))
-        until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
-
-        def load(name):
-            return plgpu.load(t(name), layout=MATRIX).astype(jnp.float32)
-
-        def scaled(x, factors):
-            return x * along_lines(factors, x.shape)
-
         found = parts.total(
             PANEL,
             *times_tile(Transposed(m("through")), t("read")),
             *times_tile(Transposed(m("inverse")), t("seen")),
         )
-        found = scaled(found, since)
+        found = scaled(found, jnp.exp(sum_of(sums_tile, FOUND, PER_LINE)))
         of_found = of_found + (found * load("a")).sum(axis=1)
         rest = parts.total(PANEL, (d("lower"), t("b")), (d("inner"), t("k")))
         t("seen")[...] = (found + rest).astype(dtype)
+        plgpu.commit_smem()
 
+        until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
         found = scaled(load("back") + parts.total(PANEL, *times_tile(m("within"), t("key"))), until)
         of_until = of_until + (found * load("b")).sum(axis=1)
         rest = parts.total(PANEL, (transposed(d("lower")), t("a")), (transposed(d("scores")), t("q")))
         t("back")[...] = (found + rest).astype(dtype)
+        give({"seen": da, "back": db}, n)
+        return of_found, of_until
 
-        found = scaled(load("read"), fading)
+    def of_q_and_k(n, carry):  # in a loop of its own, for want of registers
+        of_written, of_until = carry
+        fetch((*INPUTS, "read", "key"), n, six)
+        found = scaled(load("read"), scale * jnp.exp(sum_of(sums_tile, WRITTEN, PER_LINE)))
         of_written = of_written + (found * load("q")).sum(axis=1)
         rest = parts.total(PANEL, (d("scores"), t("b")), (d("values"), t("k")))
         t("read")[...] = (found + rest).astype(dtype)
+        plgpu.commit_smem()
 
-        found = scaled(load("key"), until)
+        found = scaled(load("key"), jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE)))
         of_until = of_until + (found * load("k")).sum(axis=1)
         rest = parts.total(PANEL, (transposed(d("inner")), t("a")), (transposed(d("values")), t("q")))
         t("key")[...] = (found + rest).astype(dtype)
-        plgpu.commit_smem()
-        for name, result in {"read": dq, "key": dk, "seen": da, "back": db}.items():
-            plgpu.copy_smem_to_gmem(tiles[name].at[0], panel(result, n))
-        plgpu.wait_smem_to_gmem(0)
-        return of_written, of_found, of_until
+        give({"read": dq, "key": dk}, n)
+        return of_written, of_until
 
-    carry = of_written, of_found, zeros(CHUNK, layout=PER_LINE)
-    of_written, of_found, of_until = lax.fori_loop(0, panels, of_inputs, carry)
+    of_found, of_until = lax.fori_loop(0, panels, of_a_and_b, (of_found, zeros(CHUNK, layout=PER_LINE)))
+    of_written, of_until = lax.fori_loop(0, panels, of_q_and_k, (of_written, of_until))
     d_sums_tile[OF_WRITTEN] = of_written
     d_sums_tile[OF_FOUND] = of_found
     d_sums_tile[OF_UNTIL] = of_until

@@ -39,10 +39,9 @@ class Tables(NamedTuple):
 def tables(tokens: Tokens, scale: float) -> Tables:
     """T is a multiple of the chunk. Differentiable once, in reverse; everything is computed again."""
     q, k, _, a, b, log_decay = tokens
-    log_decay = finite(log_decay)
     if log_decay.shape[3] > 1:
         return Tables(*mosaic_gpu_vector.forward(q, k, a, b, log_decay, scale))
-    sums, total = running_sums(log_decay)
+    sums, total = running_sums(finite(log_decay))
     return Tables(*mosaic_gpu_scalar.forward(q, k, a, b, sums, scale), total)
 
 

@@ -20,11 +20,12 @@ from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK, PANEL, SWIZZLE, tr
 
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 LEVELS = CHUNK.bit_length() - 1
+LEAST = -105.0  # of a log decay: its exponential is 0 in float32, and sums of it are finite
 WIDEST = 192  # channels that fit the shared memory
 
 
 def forward(q, k, a, b, log_decay, scale: float) -> list[jax.Array]:
-    """read, own, seen, key, back, total (see `mosaic_gpu_tables.Tables`); log_decay: float32 `[B, T, H, K]`, finite."""
+    """read, own, seen, key, back, total (see `mosaic_gpu_tables.Tables`); log_decay: float32 `[B, T, H, K]`."""
     batch, length, heads, width = q.shape
     dtype, panels = q.dtype, width // PANEL
     swizzled = plgpu.TilingTransform((8, SWIZZLE // 4)), plgpu.SwizzleTransform(SWIZZLE)
@@ -73,7 +74,7 @@ def _block(
     def split_gates(n, _):
         plgpu.copy_gmem_to_smem(panel(log_decay, n), gates_tile, gates_here)
         plgpu.barrier_wait(gates_here)
-        parts.store(gates.at[n], plgpu.load(gates_tile, layout=MATRIX))
+        parts.store(gates.at[n], jnp.maximum(plgpu.load(gates_tile, layout=MATRIX), LEAST))
         plgpu.commit_smem()
 
     lax.fori_loop(0, panels, split_gates, None)
