@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices
 from pallas_kernels.delta_rule import mosaic_gpu_vector
-from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK
+from pallas_kernels.delta_rule.mosaic_gpu_split import CHUNK
 from pallas_kernels.delta_rule.mosaic_gpu_outputs import outputs
 from pallas_kernels.delta_rule.mosaic_gpu_step import step
 from pallas_kernels.delta_rule.mosaic_gpu_tables import tables
@@ -55,6 +55,6 @@ def run(
         return o[:, None], state
     if missing := -length % CHUNK:
         tokens = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))), tokens)
-    made = tables(tokens, scale)
+    made = tables(tokens.q, tokens.k, tokens.a, tokens.b, tokens.log_decay, scale)
     before, state = states(made.key, tokens.v, made.total, state, made.seen, made.back)
     return outputs(made.read, made.own, before, tokens.v)[:, :length], state

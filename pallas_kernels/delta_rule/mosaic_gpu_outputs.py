@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import devices
 from pallas_kernels.attention.mosaic_gpu_products import matrix, zeros
-from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK, PANEL, SWIZZLE, total, transposed
+from pallas_kernels.delta_rule.mosaic_gpu_split import CHUNK, PANEL, SWIZZLE, total, transposed
 
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 

@@ -17,8 +17,8 @@ from pallas_kernels.attention.mosaic_gpu_products import (
     matrix,
     zeros,
 )
-from pallas_kernels.delta_rule import mosaic_gpu_parts as parts
-from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK, PANEL, SWIZZLE, transposed
+from pallas_kernels.delta_rule import mosaic_gpu_split as split
+from pallas_kernels.delta_rule.mosaic_gpu_split import CHUNK, PANEL, SWIZZLE, transposed
 
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 WRITTEN, FOUND = (0, 1), (2, 3)  # of the sums: up to a token's own decay, and up to what it finds; each in two parts
@@ -34,7 +34,7 @@ def forward(q, k, a, b, sums, scale: float) -> list[jax.Array]:
     scratch = dict(
         tiles={name: tile() for name in "qkab"},
         sums_tile=plgpu.SMEM((SUMS, CHUNK), jnp.float32),
-        matrices=parts.parts(3, dtype),
+        matrices=split.parts(3, dtype),
         here=plgpu.Barrier(num_arrivals=4 * panels + 1),
     )
 
@@ -68,32 +68,32 @@ def _block(scale, q, k, a, b, sums, read, own, seen, key, back, *, tiles, sums_t
 
     def products(rows, columns):
         def add(n, sum):
-            return sum + parts.total(CHUNK, (tiles[rows].at[n], transposed(tiles[columns].at[n])))
+            return sum + split.total(CHUNK, (tiles[rows].at[n], transposed(tiles[columns].at[n])))
 
         return lax.fori_loop(0, len(panels), add, zeros(CHUNK, CHUNK))
 
     # Each table of decays is used and done with before the next is made: registers hold some four matrices.
-    parts.store(inner, products("a", "b") * decays_between(sums_tile, FOUND))
-    parts.unit_inverse(inner, inverse, scores)
-    parts.store(inner, products("a", "k") * decays_between(sums_tile, FOUND))
+    split.store(inner, products("a", "b") * decays_between(sums_tile, FOUND))
+    split.unit_inverse(inner, inverse, scores)
+    split.store(inner, products("a", "k") * decays_between(sums_tile, FOUND))
     decays = scale * decays_between(sums_tile, WRITTEN)
-    parts.store(scores, products("q", "b") * decays)
-    of_values = parts.through_writes(inverse, scores, inner, products("q", "k") * decays).astype(q.dtype)
+    split.store(scores, products("q", "b") * decays)
+    of_values = split.through_writes(inverse, scores, inner, products("q", "k") * decays).astype(q.dtype)
 
     since = along_columns(jnp.exp(sum_of(sums_tile, FOUND, PER_COLUMN)), of_values.shape)
     fading = scale * jnp.exp(sum_of(sums_tile, WRITTEN, PER_LINE))
     until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
-    parts.store(scores, parts.load(scores) * since)
-    within = parts.times(inverse, inner)
-    parts.store(inner, within * along_lines(until, of_values.shape))
-    parts.store(inverse, parts.load(inverse) * since)
+    split.store(scores, split.load(scores) * since)
+    within = split.times(inverse, inner)
+    split.store(inner, within * along_lines(until, of_values.shape))
+    split.store(inverse, split.load(inverse) * since)
     plgpu.commit_smem()
 
     def scaled(name, tile):
         x = plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
         return x * along_lines(fading if name == "q" else until, x.shape)
 
-    parts.finish(tiles, inverse, scores, inner, scaled)
+    split.finish(tiles, inverse, scores, inner, scaled)
     scores.at[0][...] = of_values
     plgpu.commit_smem()
     for n in panels:
@@ -111,9 +111,9 @@ def decays_between(sums_tile, rows):
         later = plgpu.load(sums_tile.at[of_line], layout=PER_LINE)
         earlier = plgpu.load(sums_tile.at[of_column], layout=PER_COLUMN)
         exponents = exponents + (along_lines(later, shape) - along_columns(earlier, shape))
-    line, column = parts.iota(0), parts.iota(1)
+    line, column = split.iota(0), split.iota(1)
     mask = line >= column if rows == WRITTEN else line > column
-    return parts.where(mask, jnp.exp(parts.where(mask, exponents)))
+    return split.where(mask, jnp.exp(split.where(mask, exponents)))
 
 
 def sum_of(sums_tile, rows, layout):

@@ -27,8 +27,8 @@ from pallas_kernels.attention.mosaic_gpu_products import (
     matrix,
     zeros,
 )
-from pallas_kernels.delta_rule import mosaic_gpu_parts as parts
-from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK, PANEL, SWIZZLE, Transposed, times_tile, transposed
+from pallas_kernels.delta_rule import mosaic_gpu_split as split
+from pallas_kernels.delta_rule.mosaic_gpu_split import CHUNK, PANEL, SWIZZLE, Transposed, times_tile, transposed
 from pallas_kernels.delta_rule.mosaic_gpu_scalar import COMPILER, FOUND, SUMS, UNTIL, WRITTEN, decays_between, sum_of
 
 INPUTS = ("q", "k", "a", "b")
@@ -48,7 +48,7 @@ def backward(q, k, a, b, sums, cotangents, scale: float) -> tuple[list[jax.Array
         own_tile=tile(CHUNK, PANEL),
         sums_tile=plgpu.SMEM((SUMS, CHUNK), jnp.float32),
         d_sums_tile=plgpu.SMEM((BY_COLUMN + TABLES, CHUNK), jnp.float32),
-        matrices={name: parts.parts(1, dtype) for name in MATRICES},
+        matrices={name: split.parts(1, dtype) for name in MATRICES},
         nought=plgpu.SMEM((CHUNK,), jnp.int32),
         once=plgpu.Barrier(num_arrivals=2),
         three=plgpu.Barrier(num_arrivals=3),
@@ -105,7 +105,7 @@ def _block(
         plgpu.barrier_wait(barrier)
 
     def product(left, right):
-        return parts.total(CHUNK, (t(left), transposed(t(right))))
+        return split.total(CHUNK, (t(left), transposed(t(right))))
 
     def sums_over_panels(names, barrier, pairs):
         def add(n, found):
@@ -119,19 +119,19 @@ def _block(
     plgpu.barrier_wait(once)
     of_writes, of_values = sums_over_panels(("a", "b", "k"), three, (("a", "b"), ("a", "k")))
     decays = decays_between(sums_tile, FOUND)
-    parts.store(m("lower"), of_writes * decays)
-    parts.store(m("inner"), of_values * decays)
+    split.store(m("lower"), of_writes * decays)
+    split.store(m("inner"), of_values * decays)
     of_writes, of_values = sums_over_panels(("q", "b", "k"), three, (("q", "b"), ("q", "k")))
     decays = scale * decays_between(sums_tile, WRITTEN)
-    parts.store(m("scores"), of_writes * decays)
-    parts.store(m("values"), of_values * decays)
-    parts.unit_inverse(m("lower"), m("inverse"), m("one"))
-    parts.store(m("through"), parts.times(m("scores"), m("inverse")))
-    parts.store(m("within"), parts.times(m("inverse"), m("inner")))
+    split.store(m("scores"), of_writes * decays)
+    split.store(m("values"), of_values * decays)
+    split.unit_inverse(m("lower"), m("inverse"), m("one"))
+    split.store(m("through"), split.times(m("scores"), m("inverse")))
+    split.store(m("within"), split.times(m("inverse"), m("inner")))
 
     # Of each table of scores the cotangents of its exponents, and then, in one part, of the scores without decays.
     def finish(number, d_table, table, rows, place):
-        exponents = d_table * parts.load(table)
+        exponents = d_table * split.load(table)
         d_sums_tile[BY_COLUMN + number] = exponents.sum(axis=0)
         decays = decays_between(sums_tile, rows)
         place[...] = (d_table * (decays if rows == FOUND else scale * decays)).astype(dtype)
@@ -146,25 +146,25 @@ def _block(
     d_through, d_within = sums_over_panels(("a", "b", "read", "key"), four, pairs)
     since = along_columns(jnp.exp(sum_of(sums_tile, FOUND, PER_COLUMN)), nothing.shape)
     until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
-    own_with_inner = ((own_tile, part) for part in parts.both(Transposed(m("inner"))))
-    parts.store(m("one"), d_through * since + parts.total(CHUNK, *own_with_inner))
-    parts.store(m("other"), d_within * along_lines(until, nothing.shape))
+    own_with_inner = ((own_tile, part) for part in split.both(Transposed(m("inner"))))
+    split.store(m("one"), d_through * since + split.total(CHUNK, *own_with_inner))
+    split.store(m("other"), d_within * along_lines(until, nothing.shape))
     plgpu.commit_smem()
-    d_scores = parts.times(m("one"), Transposed(m("inverse")))
+    d_scores = split.times(m("one"), Transposed(m("inverse")))
     of_written = of_written + finish(1, d_scores, m("scores"), WRITTEN, m("values").at[1])
-    d_inner = parts.total(CHUNK, *times_tile(Transposed(m("through")), own_tile))
-    d_inner = d_inner + parts.times(Transposed(m("inverse")), m("other"))
+    d_inner = split.total(CHUNK, *times_tile(Transposed(m("through")), own_tile))
+    d_inner = d_inner + split.times(Transposed(m("inverse")), m("other"))
     of_found = finish(2, d_inner, m("inner"), FOUND, own_tile)
 
     (d_inverse,) = sums_over_panels(("a", "seen"), once, (("seen", "a"),))
     since = along_columns(jnp.exp(sum_of(sums_tile, FOUND, PER_COLUMN)), nothing.shape)
-    d_inverse = d_inverse * since + parts.times(Transposed(m("scores")), m("one"))
-    d_inverse = d_inverse + parts.times(m("other"), Transposed(m("inner")))
-    parts.store(m("other"), d_inverse)
+    d_inverse = d_inverse * since + split.times(Transposed(m("scores")), m("one"))
+    d_inverse = d_inverse + split.times(m("other"), Transposed(m("inner")))
+    split.store(m("other"), d_inverse)
     plgpu.commit_smem()
-    parts.store(m("one"), parts.times(Transposed(m("inverse")), m("other")))
+    split.store(m("one"), split.times(Transposed(m("inverse")), m("other")))
     plgpu.commit_smem()
-    d_lower = parts.times(m("one"), Transposed(m("inverse")))
+    d_lower = split.times(m("one"), Transposed(m("inverse")))
     of_found = of_found + finish(3, d_lower, m("lower"), FOUND, m("lower").at[0])
 
 
@@ -190,21 +190,21 @@ def _block(
     def of_a_and_b(n, carry):
         of_found, of_until = carry
         fetch((*INPUTS, *COTANGENTS), n, eight)
-        found = parts.total(
+        found = split.total(
             PANEL,
             *times_tile(Transposed(m("through")), t("read")),
             *times_tile(Transposed(m("inverse")), t("seen")),
         )
         found = scaled(found, jnp.exp(sum_of(sums_tile, FOUND, PER_LINE)))
         of_found = of_found + (found * load("a")).sum(axis=1)
-        rest = parts.total(PANEL, (d("lower"), t("b")), (d("inner"), t("k")))
+        rest = split.total(PANEL, (d("lower"), t("b")), (d("inner"), t("k")))
         t("seen")[...] = (found + rest).astype(dtype)
         plgpu.commit_smem()
 
         until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
-        found = scaled(load("back") + parts.total(PANEL, *times_tile(m("within"), t("key"))), until)
+        found = scaled(load("back") + split.total(PANEL, *times_tile(m("within"), t("key"))), until)
         of_until = of_until + (found * load("b")).sum(axis=1)
-        rest = parts.total(PANEL, (transposed(d("lower")), t("a")), (transposed(d("scores")), t("q")))
+        rest = split.total(PANEL, (transposed(d("lower")), t("a")), (transposed(d("scores")), t("q")))
         t("back")[...] = (found + rest).astype(dtype)
         give({"seen": da, "back": db}, n)
         return of_found, of_until
@@ -214,13 +214,13 @@ def _block(
         fetch((*INPUTS, "read", "key"), n, six)
         found = scaled(load("read"), scale * jnp.exp(sum_of(sums_tile, WRITTEN, PER_LINE)))
         of_written = of_written + (found * load("q")).sum(axis=1)
-        rest = parts.total(PANEL, (d("scores"), t("b")), (d("values"), t("k")))
+        rest = split.total(PANEL, (d("scores"), t("b")), (d("values"), t("k")))
         t("read")[...] = (found + rest).astype(dtype)
         plgpu.commit_smem()
 
         found = scaled(load("key"), jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE)))
         of_until = of_until + (found * load("k")).sum(axis=1)
-        rest = parts.total(PANEL, (transposed(d("inner")), t("a")), (transposed(d("values")), t("q")))
+        rest = split.total(PANEL, (transposed(d("inner")), t("a")), (transposed(d("values")), t("q")))
         t("key")[...] = (found + rest).astype(dtype)
         give({"read": dq, "key": dk}, n)
         return of_written, of_until

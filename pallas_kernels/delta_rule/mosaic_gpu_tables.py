@@ -20,8 +20,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.delta_rule import mosaic_gpu_scalar, mosaic_gpu_scalar_backward, mosaic_gpu_vector
 from pallas_kernels.delta_rule.blocks import product, unit_inverse
 from pallas_kernels.delta_rule.decays import factors, finite, scores
-from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK
-from pallas_kernels.delta_rule.reference import Tokens
+from pallas_kernels.delta_rule.mosaic_gpu_split import CHUNK
 
 
 class Tables(NamedTuple):
@@ -35,10 +34,16 @@ class Tables(NamedTuple):
     total: Float[Array, "B n H G"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def tables(tokens: Tokens, scale: float) -> Tables:
-    """T is a multiple of the chunk. Differentiable once, in reverse; everything is computed again."""
-    q, k, _, a, b, log_decay = tokens
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def tables(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H G"],
+    scale: float,
+) -> Tables:
+    """T is a multiple of the chunk, log_decay float32. Differentiable once, in reverse; all is computed again."""
     if log_decay.shape[3] > 1:
         return Tables(*mosaic_gpu_vector.forward(q, k, a, b, log_decay, scale))
     sums, total = running_sums(finite(log_decay))
@@ -56,32 +61,33 @@ def running_sums(log_decay: Float[Array, "B T H 1"]) -> tuple[Float[Array, "B n 
     gates = log_decay.reshape(batch, length // CHUNK, CHUNK, heads).swapaxes(2, 3)
     coarse = jax.lax.stop_gradient(jnp.round(gates * 512) / 512)
     parts = coarse, gates - coarse
-    sums = [jnp.cumsum(part, axis=-1) for part in parts]
-    until = sum(sum[..., -1:] - sum for sum in sums)
-    found = (sum - part for sum, part in zip(sums, parts, strict=True))
-    return jnp.stack([*sums, *found, until], axis=3), jnp.exp(sum(sum[..., -1:] for sum in sums))
+    written = [jnp.cumsum(part, axis=-1) for part in parts]
+    found = [x - part for x, part in zip(written, parts, strict=True)]
+    until = sum(x[..., -1:] - x for x in written)
+    return jnp.stack([*written, *found, until], axis=3), jnp.exp(sum(x[..., -1:] for x in written))
 
 
-def _forward(tokens, scale):
-    return tables(tokens, scale), tokens
+def _forward(*arguments):
+    *arrays, scale = arguments
+    return tables(*arrays, scale), arrays
 
 
-def _backward(scale, tokens, cotangents):
-    if tokens.log_decay.shape[3] > 1:
-        return jax.vjp(lambda tokens: plain(tokens, scale), tokens)[1](cotangents)
-    q, k, v, a, b, log_decay = tokens
+def _backward(scale, arrays, cotangents):
+    q, k, a, b, log_decay = arrays
+    if log_decay.shape[3] > 1:
+        return jax.vjp(functools.partial(plain, scale=scale), *arrays)[1](cotangents)
     (sums, _), pullback = jax.vjp(lambda log_decay: running_sums(finite(log_decay)), log_decay)
     *of_made, of_total = cotangents
-    (dq, dk, da, db), of_sums = mosaic_gpu_scalar_backward.backward(q, k, a, b, sums, of_made, scale)
-    return (Tokens(dq, dk, jnp.zeros_like(v), da, db, *pullback((of_sums, of_total))),)
+    of_inputs, of_sums = mosaic_gpu_scalar_backward.backward(q, k, a, b, sums, of_made, scale)
+    return *of_inputs, *pullback((of_sums, of_total))
 
 
 tables.defvjp(_forward, _backward)
 
 
-def plain(tokens: Tokens, scale: float) -> Tables:
+def plain(q, k, a, b, log_decay, scale: float) -> Tables:
     """What the kernels compute, in plain JAX."""
-    dtype, (batch, length, heads, _) = tokens.q.dtype, tokens.q.shape
+    dtype, (batch, length, heads, _) = q.dtype, q.shape
     count = length // CHUNK
 
     def chunks(x):  # [B T H K] -> [B n, H, C, K]
@@ -90,7 +96,7 @@ def plain(tokens: Tokens, scale: float) -> Tables:
     def tokens_first(x):
         return x.astype(dtype).swapaxes(1, 2).reshape(batch, length, heads, -1)
 
-    q, k, a, b, log_decay = (chunks(x) for x in (tokens.q, tokens.k, tokens.a, tokens.b, tokens.log_decay))
+    q, k, a, b, log_decay = (chunks(x) for x in (q, k, a, b, log_decay))
     decays = factors(log_decay)
     q = q * scale
     rows, columns = jnp.stack([a, q * decays.token]), jnp.stack([b, k])

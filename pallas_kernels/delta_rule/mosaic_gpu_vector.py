@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.mosaic_gpu_products import MATRIX, PER_LINE, along_lines, matrix, zeros
-from pallas_kernels.delta_rule import mosaic_gpu_parts as parts
-from pallas_kernels.delta_rule.mosaic_gpu_parts import CHUNK, PANEL, SWIZZLE, transposed
+from pallas_kernels.delta_rule import mosaic_gpu_split as split
+from pallas_kernels.delta_rule.mosaic_gpu_split import CHUNK, PANEL, SWIZZLE, transposed
 
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 LEVELS = CHUNK.bit_length() - 1
@@ -32,10 +32,10 @@ def forward(q, k, a, b, log_decay, scale: float) -> list[jax.Array]:
     tiles = functools.partial(matrix, panels, CHUNK, PANEL, dtype=dtype, swizzle=SWIZZLE)
     scratch = dict(
         tiles={name: tiles() for name in "qkab"},
-        gates=parts.parts(panels, dtype),
-        matrices=parts.parts(3, dtype),
+        gates=split.parts(panels, dtype),
+        matrices=split.parts(3, dtype),
         gates_or_matrix=plgpu.RefUnion(
-            plgpu.SMEM((CHUNK, PANEL), jnp.float32, transforms=swizzled), parts.parts(1, dtype)
+            plgpu.SMEM((CHUNK, PANEL), jnp.float32, transforms=swizzled), split.parts(1, dtype)
         ),
         sums_tile=plgpu.SMEM((panels, PANEL), jnp.float32),
         here=plgpu.Barrier(num_arrivals=4 * panels),
@@ -74,7 +74,7 @@ def _block(
     def split_gates(n, _):
         plgpu.copy_gmem_to_smem(panel(log_decay, n), gates_tile, gates_here)
         plgpu.barrier_wait(gates_here)
-        parts.store(gates.at[n], jnp.maximum(plgpu.load(gates_tile, layout=MATRIX), LEAST))
+        split.store(gates.at[n], jnp.maximum(plgpu.load(gates_tile, layout=MATRIX), LEAST))
         plgpu.commit_smem()
 
     lax.fori_loop(0, panels, split_gates, None)
@@ -84,7 +84,7 @@ def _block(
 
     def decays(n):
         """The product of those tokens' decays that `ranges` has."""
-        return jnp.exp(parts.total(PANEL, (ranges, gates.at[n, 0]), (ranges, gates.at[n, 1])))
+        return jnp.exp(split.total(PANEL, (ranges, gates.at[n, 0]), (ranges, gates.at[n, 1])))
 
     def load(name, n):
         return plgpu.load(tiles[name].at[n], layout=MATRIX).astype(jnp.float32)
@@ -95,8 +95,8 @@ def _block(
         def level(level, tables):
             ranges[...] = _ranges(level).astype(dtype)
             plgpu.commit_smem()
-            parting = lax.shift_right_logical(parts.iota(0) ^ parts.iota(1), level) == 1
-            mask = parting & (parts.iota(0) > parts.iota(1))
+            parting = lax.shift_right_logical(split.iota(0) ^ split.iota(1), level) == 1
+            mask = parting & (split.iota(0) > split.iota(1))
 
             def add(n, tables):
                 middle = decays(n)
@@ -104,8 +104,8 @@ def _block(
                 for i, name in enumerate("bk"):
                     of_columns[i] = (load(name, n) * middle).astype(dtype)
                 plgpu.commit_smem()
-                found = (parts.total(CHUNK, (of_rows, transposed(of_columns.at[i]))) for i in range(2))
-                return tuple(table + parts.where(mask, x) for table, x in zip(tables, found, strict=True))
+                found = (split.total(CHUNK, (of_rows, transposed(of_columns.at[i]))) for i in range(2))
+                return tuple(table + split.where(mask, x) for table, x in zip(tables, found, strict=True))
 
             return lax.fori_loop(0, panels, add, tables)
 
@@ -115,34 +115,34 @@ def _block(
         """Queries read after the token's own decay, but what the token itself writes they read as it is."""
         x = scale * load("q", n)
         sums = tuple(sum + (x * load(name, n)).sum(axis=1) for sum, name in zip(sums, "bk", strict=True))
-        tiles["q"][n] = (x * jnp.exp(parts.load(gates.at[n]))).astype(dtype)
+        tiles["q"][n] = (x * jnp.exp(split.load(gates.at[n]))).astype(dtype)
         return sums
 
     nothing = zeros(CHUNK, layout=PER_LINE)
     of_itself = lax.fori_loop(0, panels, own_decay, (nothing, nothing))
 
     def with_itself(table, sum):
-        return table + parts.where(parts.iota(0) == parts.iota(1), along_lines(sum, table.shape))
+        return table + split.where(split.iota(0) == split.iota(1), along_lines(sum, table.shape))
 
     of_writes, of_values = level_by_level("a")
-    parts.store(lower, of_writes)
-    parts.store(inner, of_values)
+    split.store(lower, of_writes)
+    split.store(inner, of_values)
     of_writes, of_values = map(with_itself, level_by_level("q"), of_itself)
     scores = of_columns
-    parts.store(scores, of_writes)
+    split.store(scores, of_writes)
 
     def fade(n, _):
         """The tiles with all their factors; sums from the state before the chunk, then up to the state after it."""
         q_n, k_n, a_n, b_n = (tiles[name].at[n] for name in "qkab")
-        line, column = parts.iota(0), parts.iota(1)
-        ranges[...] = parts.where(column < line, jnp.ones(line.shape, jnp.float32)).astype(dtype)
+        line, column = split.iota(0), split.iota(1)
+        ranges[...] = split.where(column < line, jnp.ones(line.shape, jnp.float32)).astype(dtype)
         plgpu.commit_smem()
         since = decays(n)
         a_n[...] = (load("a", n) * since).astype(dtype)
         q_n[...] = (load("q", n) * since).astype(dtype)
-        after = since * jnp.exp(parts.load(gates.at[n]))
-        sums_tile[n] = parts.where(line == CHUNK - 1, after).sum(axis=0)
-        ranges[...] = parts.where(column > line, jnp.ones(line.shape, jnp.float32)).astype(dtype)
+        after = since * jnp.exp(split.load(gates.at[n]))
+        sums_tile[n] = split.where(line == CHUNK - 1, after).sum(axis=0)
+        ranges[...] = split.where(column > line, jnp.ones(line.shape, jnp.float32)).astype(dtype)
         plgpu.commit_smem()
         until = decays(n)
         k_n[...] = (load("k", n) * until).astype(dtype)
@@ -150,15 +150,15 @@ def _block(
 
     lax.fori_loop(0, panels, fade, None)
     inverse = gates.at[0]
-    parts.unit_inverse(lower, inverse, matrices.at[2])
-    of_values = parts.through_writes(inverse, scores, inner, of_values).astype(dtype)
-    parts.store(inner, parts.times(inverse, inner))
+    split.unit_inverse(lower, inverse, matrices.at[2])
+    of_values = split.through_writes(inverse, scores, inner, of_values).astype(dtype)
+    split.store(inner, split.times(inverse, inner))
     plgpu.commit_smem()
 
     def scaled(name, tile):
         return plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
 
-    parts.finish(tiles, inverse, scores, inner, scaled)
+    split.finish(tiles, inverse, scores, inner, scaled)
     scores.at[0][...] = of_values
     plgpu.commit_smem()
     for n in range(panels):
@@ -171,7 +171,7 @@ def _block(
 
 def _ranges(level: jax.Array) -> jax.Array:
     """Line t has ones for the tokens between t and the middle of the block of 2^(level + 1) tokens that has it."""
-    line, column = parts.iota(0), parts.iota(1)
+    line, column = split.iota(0), split.iota(1)
     half = lax.shift_left(jnp.int32(1), level)
     middle = (line & ~(2 * half - 1)) + half
     between = jnp.where(line >= middle, (column >= middle) & (column < line), (column > line) & (column < middle))
