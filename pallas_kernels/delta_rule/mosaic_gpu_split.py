@@ -40,12 +40,14 @@ def load(reference: Any) -> jax.Array:
 
 
 def total(columns: int, *pairs: tuple[Any, Any]) -> jax.Array:
-    """The sum of the products of pairs of operands in shared memory."""
+    """The sum of the products of pairs of operands in shared memory, which may be written once it is there."""
 
     def body(accumulator):
         for left, right in pairs:
             plgpu.wgmma(accumulator, left, right)
-        return accumulator[...]
+        result = accumulator[...]
+        plgpu.commit_smem()  # a warp waits for its own lines alone, and a slower one may still read what the next writes
+        return result
 
     return pl.run_scoped(body, plgpu.ACC((CHUNK, columns), jnp.float32))
 
