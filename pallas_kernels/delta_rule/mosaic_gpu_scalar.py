@@ -34,7 +34,8 @@ def forward(q, k, a, b, sums, scale: float) -> list[jax.Array]:
     scratch = dict(
         tiles={name: tile() for name in "qkab"},
         sums_tile=plgpu.SMEM((SUMS, CHUNK), jnp.float32),
-        matrices=split.parts(3, dtype),
+        matrices={name: split.parts(1, dtype) for name in ("inverse", "scores", "inner")},
+        nought=plgpu.SMEM((CHUNK,), jnp.int32),
         here=plgpu.Barrier(num_arrivals=4 * panels + 1),
     )
 
@@ -51,7 +52,7 @@ def forward(q, k, a, b, sums, scale: float) -> list[jax.Array]:
     return run(q, k, a, b, sums)
 
 
-def _block(scale, q, k, a, b, sums, read, own, seen, key, back, *, tiles, sums_tile, matrices, here):
+def _block(scale, q, k, a, b, sums, read, own, seen, key, back, *, tiles, sums_tile, matrices, nought, here):
     row, chunk, head = (lax.axis_index(name) for name in ("row", "chunk", "head"))
     lines, panels = pl.ds(chunk * CHUNK, CHUNK), range(q.shape[3] // PANEL)
 
@@ -64,7 +65,13 @@ def _block(scale, q, k, a, b, sums, read, own, seen, key, back, *, tiles, sums_t
             plgpu.copy_gmem_to_smem(panel(array, n), tiles[name].at[n], here)
     plgpu.barrier_wait(here)
 
-    inverse, scores, inner = (matrices.at[n] for n in range(3))
+    nought[...] = zeros(CHUNK, layout=PER_LINE).astype(jnp.int32)
+    plgpu.commit_smem()
+
+    def m(name):
+        """One of the matrices, at an index that the compiler cannot see through: it would compute all addresses of all
+        operands first, and keep them in registers, which are too few."""
+        return matrices[name].at[nought[0]]
 
     def products(rows, columns):
         def add(n, sum):
@@ -72,34 +79,34 @@ def _block(scale, q, k, a, b, sums, read, own, seen, key, back, *, tiles, sums_t
 
         return lax.fori_loop(0, len(panels), add, zeros(CHUNK, CHUNK))
 
-    # Each table of decays is used and done with before the next is made: registers hold some four matrices.
-    split.store(inner, products("a", "b") * decays_between(sums_tile, FOUND))
-    split.unit_inverse(inner, inverse, scores)
-    split.store(inner, products("a", "k") * decays_between(sums_tile, FOUND))
-    decays = scale * decays_between(sums_tile, WRITTEN)
-    split.store(scores, products("q", "b") * decays)
-    of_values = split.through_writes(inverse, scores, inner, products("q", "k") * decays).astype(q.dtype)
+    # A table of decays is made where it is used: registers hold some four matrices.
+    split.store(m("inner"), products("a", "b") * decays_between(sums_tile, FOUND))
+    split.unit_inverse(m("inner"), m("inverse"), m("scores"))
+    split.store(m("inner"), products("a", "k") * decays_between(sums_tile, FOUND))
+    split.store(m("scores"), products("q", "b") * (scale * decays_between(sums_tile, WRITTEN)))
+    of_values = products("q", "k") * (scale * decays_between(sums_tile, WRITTEN))
+    of_values = split.through_writes(m("inverse"), m("scores"), m("inner"), of_values).astype(q.dtype)
 
     since = along_columns(jnp.exp(sum_of(sums_tile, FOUND, PER_COLUMN)), of_values.shape)
     fading = scale * jnp.exp(sum_of(sums_tile, WRITTEN, PER_LINE))
     until = jnp.exp(plgpu.load(sums_tile.at[UNTIL], layout=PER_LINE))
-    split.store(scores, split.load(scores) * since)
-    within = split.times(inverse, inner)
-    split.store(inner, within * along_lines(until, of_values.shape))
-    split.store(inverse, split.load(inverse) * since)
+    split.store(m("scores"), split.load(m("scores")) * since)
+    within = split.times(m("inverse"), m("inner"))
+    split.store(m("inner"), within * along_lines(until, of_values.shape))
+    split.store(m("inverse"), split.load(m("inverse")) * since)
     plgpu.commit_smem()
 
     def scaled(name, tile):
         x = plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
         return x * along_lines(fading if name == "q" else until, x.shape)
 
-    split.finish(tiles, inverse, scores, inner, scaled)
-    scores.at[0][...] = of_values
+    split.finish(tiles, m("inverse"), m("scores"), m("inner"), scaled)
+    m("scores").at[0][...] = of_values
     plgpu.commit_smem()
     for n in panels:
         for tile, array in zip("qakb", (read, seen, key, back), strict=True):
             plgpu.copy_smem_to_gmem(tiles[tile].at[n], panel(array, n))
-    plgpu.copy_smem_to_gmem(scores.at[0], own.at[row, lines, head])
+    plgpu.copy_smem_to_gmem(m("scores").at[0], own.at[row, lines, head])
     plgpu.wait_smem_to_gmem(0)
 
 

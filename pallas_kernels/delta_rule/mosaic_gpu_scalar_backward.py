@@ -129,8 +129,9 @@ def _block(
     split.store(m("through"), split.times(m("scores"), m("inverse")))
     split.store(m("within"), split.times(m("inverse"), m("inner")))
 
-    # Of each table of scores the cotangents of its exponents, and then, in one part, of the scores without decays.
     def finish(number, d_table, table, rows, place):
+        """Of a table of scores: the sums of its exponents' cotangents by column, here, and by line, as a result; and in
+        `place`, in one part, the cotangent of the scores without decays."""
         exponents = d_table * split.load(table)
         d_sums_tile[BY_COLUMN + number] = exponents.sum(axis=0)
         decays = decays_between(sums_tile, rows)
@@ -167,8 +168,8 @@ def _block(
     d_lower = split.times(m("one"), Transposed(m("inverse")))
     of_found = of_found + finish(3, d_lower, m("lower"), FOUND, m("lower").at[0])
 
-
     def d(name):
+        """The cotangent of those scores, without decays, where `finish` has put it."""
         places = {"lower": (m("lower"), 0), "values": (m("values"), 0), "scores": (m("values"), 1)}
         if name == "inner":
             return own_tile

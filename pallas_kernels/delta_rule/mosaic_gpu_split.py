@@ -46,7 +46,7 @@ def total(columns: int, *pairs: tuple[Any, Any]) -> jax.Array:
         for left, right in pairs:
             plgpu.wgmma(accumulator, left, right)
         result = accumulator[...]
-        plgpu.commit_smem()  # a warp waits for its own lines alone, and a slower one may still read what the next writes
+        plgpu.commit_smem()  # a warp waits for its own lines alone; a slower one may still read what is to be written
         return result
 
     return pl.run_scoped(body, plgpu.ACC((CHUNK, columns), jnp.float32))
@@ -131,7 +131,6 @@ def finish(tiles: dict[str, Any], inverse: Any, scores: Any, inner: Any, scaled:
 
     def panel(n, _):
         q, k, a, b = (tiles[name].at[n] for name in "qkab")
-
         read = scaled("q", q) + total(PANEL, *times_tile(scores, a))
         q[...] = read.astype(dtype)
         a[...] = total(PANEL, *times_tile(inverse, a)).astype(dtype)

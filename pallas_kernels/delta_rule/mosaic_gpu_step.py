@@ -28,9 +28,10 @@ def step(
     q, k, v, a, b, log_decay = token
     log_decay = jnp.broadcast_to(log_decay.astype(jnp.float32), q.shape)
     batch, heads, width = q.shape
+    inputs = {"q": q, "k": k, "a": a, "b": b, "log_decay": log_decay}
 
     scratch = dict(
-        tiles={name: plgpu.SMEM((width,), q.dtype) for name in "qkab"} | {"log_decay": plgpu.SMEM((width,), jnp.float32)},
+        tiles={name: plgpu.SMEM((width,), x.dtype) for name, x in inputs.items()},
         values=plgpu.SMEM((SLICE,), v.dtype),
         here=plgpu.Barrier(num_arrivals=6),
     )
@@ -46,11 +47,11 @@ def step(
         compiler_params=COMPILER,
     )
     state = jax.new_ref(state)
-    o = run(state, q, k, v, a, b, log_decay)
+    o = run(state, v, *inputs.values())
     return jax.freeze(state), o
 
 
-def _block(scale, state, q, k, v, a, b, log_decay, o, *, tiles, values, here):
+def _block(scale, state, v, q, k, a, b, log_decay, o, *, tiles, values, here):
     row, head = lax.axis_index("row"), lax.axis_index("head")
     columns = pl.ds(lax.axis_index("slice") * SLICE, SLICE)
 

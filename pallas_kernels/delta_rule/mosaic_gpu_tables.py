@@ -1,7 +1,8 @@
 """The delta rule's chunks without the state: what all chunks at once can be made into before the state is known.
 
 With M = (I - A_ab)^-1, the scores P_u, P_v of queries with b and k (a token's own on the diagonal), and the decays
-`since`, `until`, `token` of `decays.Factors`, a chunk of C tokens is (arXiv 2406.06484 section 3.2, 2412.06464 section 3.3)
+`since`, `until`, `token` of `decays.Factors`, a chunk of C tokens is (arXiv 2406.06484 section 3.2, 2412.06464 section
+3.3)
 
     o = read S + own V               read = q token since + P_u M (a since)        own = P_v + P_u M A_ak
     S <- total S + key^T V + back^T (seen S)
@@ -51,13 +52,14 @@ def tables(
 
 
 def running_sums(log_decay: Float[Array, "B T H 1"]) -> tuple[Float[Array, "B n H 5 C"], Float[Array, "B n H 1"]]:
-    """Of each chunk the sums up to every token in two parts, these without the token's own, and those after it; and what
-    is left of a state after all of the chunk.
+    """Of each chunk the sums up to every token in two parts, these without the token's own, and those after it; and
+    what is left of a state after all of the chunk.
 
     One float32 sum will not do: once a gate of -100 has gone into it, differences of it no longer know a gate of -1e-6.
     So each log decay is cut into a multiple of 1/512, of which sums are exact, and a small rest.
     """
     batch, length, heads, _ = log_decay.shape
+    log_decay = jax.lax.optimization_barrier(log_decay)  # sums of zeros, of no decay, are slow to fold
     gates = log_decay.reshape(batch, length // CHUNK, CHUNK, heads).swapaxes(2, 3)
     coarse = jax.lax.stop_gradient(jnp.round(gates * 512) / 512)
     parts = coarse, gates - coarse

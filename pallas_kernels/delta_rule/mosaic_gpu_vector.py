@@ -1,6 +1,6 @@
 """The tables of chunks with a decay for each key channel: one block for each chunk and head.
 
-Scores by halves, as in `decays.scores`: for a pair of tokens that part at a block of 2 h tokens, the factors of both are
+Scores by halves, as in `decays.scores`: for tokens that part at a block of 2 h tokens, the factors' exponents are
 sums of log decays up to that block's middle, and one product of whole matrices has them for all such pairs. The sums
 are products with matrices of zeros and ones, of the log decays in two parts: 16 bits of each, and each sum adds up its
 own gates alone. Rows and columns are rounded with their factors; sums over 64 channels and more hardly feel it.
