@@ -18,6 +18,11 @@ class Device:
     interpreted: bool = False
 
     @property
+    def copies_tiles(self) -> bool:
+        """Whether it is a GPU with the unit that copies tiles to shared memory (TMA): Hopper, and Blackwell's B200."""
+        return self.hopper or (self.platform == "gpu" and any(name in self.kind for name in ("B100", "B200", "B300")))
+
+    @property
     def hopper(self) -> bool:
         """Whether kernels for Hopper run here (its matrix instructions are not those of the generations beside it)."""
         names = ("H100", "H200", "H800", "H20", "GH200")
@@ -28,13 +33,16 @@ _interpreted: contextvars.ContextVar[str | None] = contextvars.ContextVar("inter
 
 
 def current() -> Device:
-    """The device of the abstract mesh in use (a compilation for hardware that is not here), else JAX's default one."""
+    """The device of the abstract mesh in use (a compilation for hardware that is not here), else JAX's default one
+    (`jax.default_device`, if that is set)."""
     if _interpreted.get() is not None:
         return Device(_interpreted.get(), "", interpreted=True)
     abstract = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.devices()[0].device_kind if abstract is None else abstract.device_kind
     if abstract is None:
-        return Device(jax.default_backend(), kind)
+        default = jax.config.jax_default_device  # a device, the name of a platform, or None
+        device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+        return Device(device.platform, device.device_kind)
+    kind = abstract.device_kind
     return Device("tpu" if "TPU" in kind else "cpu" if kind.lower() == "cpu" else "gpu", kind)
 
 

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.mesh import Axes, on_each_device
+
 logger = logging.getLogger("pallas_kernels")
 
 
@@ -25,19 +27,30 @@ class Implementation(NamedTuple):
     run: Callable
 
 
-def call(op: str, implementations: Mapping[str, Any], name: str | None, candidates: Iterable[str], *arguments: Any) -> Any:
+def call(
+    op: str,
+    implementations: Mapping[str, Any],
+    name: str | None,
+    candidates: Collection[str],
+    axes: Axes,
+    *arguments: Any,
+) -> Any:
     """What the implementation called `name` gives for the arguments; or, without a name, the first of the candidates
     that supports them (logged the first time it is chosen).
 
+    axes: of the arguments and results, by which the call is spread over the devices of a mesh: `pallas_kernels.mesh`.
     Raises: ValueError for a name that the op does not have, naming the nearest and listing all, and for one that does
     not support the call, saying why.
     """
 
-    def why_not(name: str) -> str | None:
-        supports = getattr(implementations[name], "supports", None)
-        return None if supports is None else supports(*arguments)
+    def run(*arguments: Any) -> Any:
+        def why_not(name: str) -> str | None:
+            supports = getattr(implementations[name], "supports", None)
+            return None if supports is None else supports(*arguments)
 
-    return implementations[_choose(op, implementations, name, candidates, why_not)].run(*arguments)
+        return implementations[_choose(op, implementations, name, candidates, why_not)].run(*arguments)
+
+    return on_each_device(run, arguments, axes)
 
 
 def _choose(
@@ -51,7 +64,7 @@ def _choose(
         chosen = next(candidate for candidate in candidates if why_not(candidate) is None)
         _log_once(op, chosen)
         if (defaults := _defaults.get()) is not None:
-            defaults.append(chosen)
+            defaults.append((op, chosen))
         return chosen
     if name not in implementations:
         close = difflib.get_close_matches(str(name), implementations, n=1)
@@ -62,12 +75,12 @@ def _choose(
     return name
 
 
-_defaults: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("defaults", default=None)
+_defaults: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("defaults", default=None)
 
 
 @contextlib.contextmanager
-def recording_defaults() -> Iterator[list[str]]:
-    """A list to which every implementation is appended that is taken inside where none was named."""
+def recording_defaults() -> Iterator[list[tuple[str, str]]]:
+    """A list of (op, implementation) to which each is appended that is taken inside where none was named."""
     token = _defaults.set([])
     try:
         yield _defaults.get()

@@ -1,7 +1,7 @@
 """The states before every chunk of a linear recurrence, by one kernel for Hopper GPUs.
 
-Chunk-parallel forms (gated linear attention, arXiv 2312.06635, section 4; the delta rule, arXiv 2406.06484, section 3.2)
-do everything in parallel over chunks of tokens but this one thing, which goes from chunk to chunk:
+Chunk-parallel forms (gated linear attention, arXiv 2312.06635, section 4; the delta rule, arXiv 2406.06484, section
+3.2) do everything in parallel over chunks of tokens but this one thing, which goes from chunk to chunk:
 
     S_{c+1} = diag(total_c) S_c + keys_c^T values_c  [+ write_c^T (read_c S_c)]
 
@@ -53,8 +53,8 @@ def states(
     total: float32, what remains of each line of the state over a chunk, or of all of it.
     initial: S_0, float32.
 
-    Returns before, S_c in the operands' dtype, and last, S_n in float32. Differentiable once, in reverse, in all arrays.
-    The state is float32 all along; the operands of products with it are rounded.
+    Returns before, S_c in the operands' dtype, and last, S_n in float32. Differentiable once, in reverse, in all
+    arrays. The state is float32 all along; the operands of products with it are rounded.
     """
     return _states(chunk, keys, values, total, initial, read, write)
 
@@ -68,14 +68,14 @@ def supports(key_width: int, value_width: int, dtype: Any) -> str | None:
         return f"by Mosaic GPU is for bfloat16 or float16 throughout, and q is {jnp.dtype(dtype)}"
     if key_width % SIDE or value_width % SIDE or key_width > 256:
         return (
-            f"by Mosaic GPU has key widths of 64, 128, 192 and 256 and value widths that are multiples of 64, and these "
-            f"are {key_width} and {value_width}"
+            f"by Mosaic GPU has key widths of 64, 128, 192 and 256 and value widths that are multiples of 64, and "
+            f"these are {key_width} and {value_width}"
         )
     return None
 
 
 def batched_product(formula: str, x: jax.Array, y: jax.Array) -> Float[Array, "..."]:
-    """An einsum by XLA with float32 sums; on the CPU that simulates a GPU, of operands in float32, which is all it has."""
+    """An einsum by XLA with float32 sums; of operands in float32 where a CPU simulates the GPU: it has no other."""
     if devices.current().interpreted:
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
@@ -123,7 +123,7 @@ _states.defvjp(_forward, _backward)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """chunk: tokens. width: of the slice of K. warpgroups: that compute, a slice of V each. stages: chunks in flight."""
+    """chunk: tokens. width: of the slice of K. warpgroups: that compute, 64 of V each. stages: chunks in flight."""
 
     chunk: int
     width: int
@@ -142,13 +142,13 @@ def recurrence(
     initial: Float[Array, "B H K V"],
     *,
     products_of: tuple[Float[Array, "B T G K"], Float[Array, "B T H V"]] | None = None,
-    until: Float[Array, "B H T"] | None = None,
+    until: Float[Array, "B H nC"] | None = None,
     added: Float[Array, "B n H K V"] | None = None,
     read: Float[Array, "B T H K"] | None = None,
     write: Float[Array, "B T H K"] | None = None,
     reverse: bool = False,
 ) -> tuple[Float[Array, "B n H K V"], Float[Array, "B H K V"]]:
-    """S <- diag(total_c) S + added_c + write_c^T (read_c S), from `initial`, for every chunk, in reverse the last first.
+    """S <- diag(total_c) S + added_c + write_c^T (read_c S) from `initial` for every chunk, in reverse the last first.
 
     products_of: keys and values, where keys_c^T values_c is what is added; heads may share keys (G divides H), and T
         need not be a multiple of the chunk. until: float32 factors of the values' tokens (n x chunk of them), if any.

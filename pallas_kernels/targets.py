@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -56,17 +57,23 @@ class Gpu:
     l2: int
     shared_memory: int = 233_472
     shared_memory_of_block: int = 232_448
+    devices = 1
     platform = "gpu"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """topology: the smallest that the compiler knows; one of its chips is compiled for. clock: GHz."""
+    """topology: the smallest that the compiler knows; one of its chips is compiled for, or `devices` of a larger one.
+
+    clock: GHz. memory: bytes of a chip that the compiler lets a program have.
+    """
 
     name: str
     kind: str
     topology: str
     clock: float
+    memory: int
+    devices: int = 1
     platform = "tpu"
 
 
@@ -78,9 +85,9 @@ TARGETS: dict[str, Gpu | Tpu] = {
         Gpu("a100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 84_974_239_744, 2_039_000_000_000, 41_943_040,
             shared_memory=167_936, shared_memory_of_block=166_912),
         Gpu("b200", "NVIDIA B200", (10, 0), 148, 128, 1.965, 191_501_959_168, 8_000_000_000_000, 132_644_864),
-        Tpu("v5e", "TPU v5 lite", "v5e:2x2", 1.5),
-        Tpu("v5p", "TPU v5", "v5p:2x2x1", 1.75),
-        Tpu("v6e", "TPU v6 lite", "v6e:2x2", 1.75),
+        Tpu("v5e", "TPU v5 lite", "v5e:2x2", 1.5, 16_911_000_000),
+        Tpu("v5p", "TPU v5", "v5p:2x2x1", 1.75, 102_789_000_000),
+        Tpu("v6e", "TPU v6 lite", "v6e:2x2", 1.75, 33_543_000_000),
     )
 }  # fmt: skip
 
@@ -98,10 +105,23 @@ def nearest(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def find(name: str) -> Gpu | Tpu:
-    """Raises: ValueError for a name that is not a target's, naming the nearest and listing all."""
+    """A target, or all chips of a slice of TPUs, "v5p:2x2x2".
+
+    Raises: ValueError for a name that is not a target's, naming the nearest and listing all, and for no slice's shape.
+    """
+    name, colon, shape = name.partition(":")
     if name not in TARGETS:
         raise ValueError(nearest("target", name, TARGETS))
-    return TARGETS[name]
+    target = TARGETS[name]
+    if not colon:
+        return target
+    axes = shape.split("x")
+    expected = target.topology.count("x") + 1 if target.platform == "tpu" else 0
+    if len(axes) != expected or not all(axis.isdecimal() and int(axis) > 0 for axis in axes):
+        like = f"the chips along {expected} axes, such as {target.topology}" if expected else f"{name}, one device"
+        raise ValueError(f"target={name + colon + shape!r}: expected {like}")
+    topology = f"{name}:{shape}"
+    return dataclasses.replace(target, name=topology, topology=topology, devices=math.prod(map(int, axes)))
 
 
 def environment(target: Gpu | Tpu) -> dict[str, str]:
@@ -146,7 +166,10 @@ def _missing_of_gpu() -> list[str]:
 
 @functools.cache
 def mesh(target: Gpu | Tpu) -> Any:
-    """A `jax.sharding.Mesh` of one device of the target, which can be compiled for and nothing else."""
+    """A `jax.sharding.Mesh` of the target's devices, axis "data", which can be compiled for and nothing else.
+
+    Raises: ValueError for a slice that the compiler does not know.
+    """
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -155,8 +178,11 @@ def mesh(target: Gpu | Tpu) -> Any:
         config = GPU_CONFIG.format(**dataclasses.asdict(target), cudnn=CUDNN)
         described = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=config)
     else:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
-    return jax.sharding.Mesh(np.array(described.devices[:1]), ("device",))
+        try:
+            described = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"target={target.name!r}: no slice that the compiler knows ({error})") from error
+    return jax.sharding.Mesh(np.array(described.devices[: target.devices]), ("data",))
 
 
 def lower(function: Callable, arguments: tuple, target: Gpu | Tpu) -> Any:

@@ -11,6 +11,7 @@ from pallas_kernels import devices, dispatch
 from pallas_kernels.attention import chunked, cudnn, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.attention.options import Options
 from pallas_kernels.attention.tiles import Index
+from pallas_kernels.mesh import Axes
 from pallas_kernels.segments import document_index
 
 IMPLEMENTATIONS = {
@@ -19,6 +20,9 @@ IMPLEMENTATIONS = {
 
 # What is taken on a platform: the first that supports the call. cuDNN goes before our kernels, which have not been timed.
 PREFERRED = {"cpu": ("chunked",), "gpu": ("cudnn", "mosaic_gpu", "chunked"), "tpu": ("mosaic_tpu", "chunked")}
+
+# Of what an implementation is given (q, k, v, slopes, index, options), and gives. Every part of the index has rows first.
+AXES = Axes("BTHK", "BSGK", "BSGV", "H", "B", "", results=("BTHV", "BTH"))
 
 
 def attention(
@@ -95,7 +99,7 @@ def attention(
     call = q, k, v, slopes, index, options
 
     candidates = PREFERRED.get(devices.current().platform, ("chunked",))
-    o, logsumexp = dispatch.call("attention", IMPLEMENTATIONS, implementation, candidates, *call)
+    o, logsumexp = dispatch.call("attention", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
     return (o, logsumexp) if return_logsumexp else o
 
 

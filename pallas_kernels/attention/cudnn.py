@@ -1,6 +1,7 @@
 """cuDNN's fused attention, where it computes what is asked: `jax.nn.dot_product_attention`."""
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 from jaxtyping import Array, Float
 
 from pallas_kernels import devices
@@ -15,6 +16,8 @@ def supports(q, k, v, slopes, index, options: Options) -> str | None:
     device = devices.current()
     if device.platform != "gpu" or device.interpreted or "NVIDIA" not in device.kind:
         return f"by cuDNN needs an NVIDIA GPU, and this is {device.kind or device.platform}"
+    if not _at_least("8.0"):
+        return f"by cuDNN needs an Ampere GPU (compute capability 8.0) or a later one, and this is {device.kind}"
     if q.dtype not in ("bfloat16", "float16") or k.dtype != q.dtype:
         return f"by cuDNN is for bfloat16 or float16 throughout, and q is {q.dtype}, k {k.dtype}"
     if options.with_logsumexp:
@@ -28,10 +31,15 @@ def supports(q, k, v, slopes, index, options: Options) -> str | None:
     width, value_width = q.shape[-1], v.shape[-1]
     if width != value_width:
         return f"by cuDNN has keys and values of one width, and these are {width} and {value_width}"
-    most = 256 if device.hopper else 128
+    most = 256 if _at_least("9.0") else 128
     if width % 8 or width > most:
         return f"by cuDNN has widths that are multiples of 8 up to {most} here, and these are {width}"
     return None
+
+
+def _at_least(capability: str) -> bool:
+    """What JAX itself asks before it calls cuDNN (and `targets.tracing` answers for a GPU that is not here)."""
+    return fused_attention_stablehlo.check_compute_capability(capability)
 
 
 def run(

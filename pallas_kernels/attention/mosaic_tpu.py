@@ -21,11 +21,15 @@ from pallas_kernels.attention.mosaic_tpu_backward import backward
 from pallas_kernels.attention.mosaic_tpu_forward import forward
 from pallas_kernels.attention.mosaic_tpu_rules import LANES, LOG2_E, NEVER, Rules
 from pallas_kernels.attention.mosaic_tpu_stream import plans
+from pallas_kernels.attention.mosaic_tpu_vmap import with_more_rows
 from pallas_kernels.attention.options import Options
 
 # Rows and keys of a tile, forward and backward: the largest of those tried that compilers schedule without spilling
-# registers. Larger ones spill, and take fewer cycles all the same: see WORKSPACE.md. Of a v6e's: half of the rows.
+# registers. Larger ones spill, and take fewer cycles all the same: see WORKSPACE.md. Of a v6e's: half of the rows,
+# except where the forward goes in stages, of half a tile each.
 FORWARD = (512, 512)
+IN_STAGES = (1024, 512)
+IN_STAGES_MASKED_TWICE = (1024, 256)  # by documents or a window, beside by order
 BACKWARD = (512, 512)
 # At most these where a score takes more registers: a soft cap, keys wider than the lanes.
 HEAVY_FORWARD = (256, 256)
@@ -33,14 +37,24 @@ HEAVY_BACKWARD = (128, 256)
 # At most this for float32 products, and for keys wider than twice the lanes.
 HEAVIEST = (128, 128)
 
+LEAST_IN_STAGES = 256  # rows: with no more, filling and draining the stages takes as long as it spares
+
+MOST_ROWS_DECODING = 128  # queries x heads
+
 FAR = 2**30  # a position that no query reaches
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid(tiles.Grid):
-    """Tiles of at most so many rows (`tokens` x group) and keys, multiples of the 128 lanes."""
+    """Tiles of at most so many rows (`tokens` x group) and keys, multiples of the 128 lanes.
+
+    in_stages: how the forward kernel goes through them. dividing: whether tiles of keys are to divide their number, so
+    that no key has to be copied to fill one up; wherever a multiple of the lanes does.
+    """
 
     most: tuple[int, int] = FORWARD
+    in_stages: bool = False
+    dividing: bool = False
 
     @property
     def tokens(self) -> int:
@@ -53,8 +67,9 @@ class Grid(tiles.Grid):
         most = self.most[1]
         if self.window is not None:  # a tile much wider than the window would be masked in most of it
             most = min(most, LANES * math.ceil(max(self.window, 2 * LANES) / LANES))
-        if self.block_size:
-            return LANES * tiles.divisor(max(self.block_size[1] // LANES, 1), most // LANES)
+        whole = self.block_size[1] if self.block_size else self.kv_length if self.dividing else 0
+        if self.block_size or (whole and whole % LANES == 0):
+            return LANES * tiles.divisor(max(whole // LANES, 1), most // LANES)
         return _side(self.kv_length, most, LANES)
 
 
@@ -93,13 +108,63 @@ def _attend(options, q, k, v, slopes, index):
 
 
 def _forward(options, q, k, v, slopes, index):
+    if _is_decoding(q, options) and slopes is None and not _lies_across(q, k, v, options):
+        results = _tiled(*_heads_as_documents(options, q, k, v, index))
+        o, logsumexp = (a.reshape(*q.shape[:3], *a.shape[3:]) for a in results)
+    else:
+        o, logsumexp = _tiled(options, q, k, v, slopes, index)
+    return (o, logsumexp), (q, k, v, slopes, index, o, logsumexp)
+
+
+def _is_decoding(q, options) -> bool:
+    """Few queries: then to copy the keys would take longer than to compute."""
+    return q.shape[1] * q.shape[2] <= MOST_ROWS_DECODING and options.block_size is None
+
+
+def _lies_across(q, k, v, options) -> bool:
+    """Few queries, and keys and values lie in memory as `[B, G, K, S]`: where K would be padded, XLA has it so."""
+    widths = [k.shape[3]] if v is None else [k.shape[3], v.shape[3]]
+    return _is_decoding(q, options) and all(width % LANES for width in widths)
+
+
+def _heads_as_documents(options, q, k, v, index):
+    """The same attention with one head, `[B, T H, 1, K]` and `[B, S G, 1, K]`: reshapes that move nothing in memory.
+
+    Which head a key belongs to is part of the number of its document, so that a query sees those of its own head.
+    Every query is compared with the keys of all heads: for few queries that costs less than a copy of the keys.
+    (Numbers wrap around: documents that differ by a multiple of 2**32 / G would be one.)
+    """
+    heads, kv_heads = q.shape[2], k.shape[2]
+
+    def numbered(documents, head):
+        numbers = documents[..., None] * kv_heads + head[None, None]
+        return jnp.where(documents[..., None] != 0, numbers, 0).reshape(documents.shape[0], -1)
+
+    index = tiles.Index(
+        numbered(index.documents, jnp.arange(heads, dtype=jnp.int32) // (heads // kv_heads)),
+        numbered(index.kv_documents, jnp.arange(kv_heads, dtype=jnp.int32)),
+        jnp.repeat(index.positions, heads, axis=1),
+        jnp.repeat(index.kv_positions, kv_heads, axis=1),
+    )
+    q, k, v = (None if a is None else a.reshape(a.shape[0], -1, 1, a.shape[3]) for a in (q, k, v))
+    return dataclasses.replace(options, plain=False), q, k, v, None, index
+
+
+def _tiled(options, q, k, v, slopes, index):
     grid, rules = _grid(q, k, options, backward=False), _rules(q, k, v, options)
     cut = grid.cut_index(index)
     order = jax.vmap(functools.partial(tiles.schedule, band=rules.band, by_query=True))(cut)
-    out, sums = forward(rules, plans(order), *_blocks(grid, q, k, v, slopes, cut, options))
+    queries, keys, values, *index, by_head = _blocks(grid, q, k, v, slopes, cut, options)
+    across = _lies_across(q, k, v, options)
+    if across:
+        keys, values = (None if a is None else _fill_lanes(a.transpose(0, 2, 3, 1), grid.keys) for a in (k, v))
+
+    def run(arrays, slopes):
+        return tuple(forward(rules, *arrays, slopes, grid.in_stages, across))
+
+    out, sums = with_more_rows(run)((plans(order), queries, keys, values, *index), by_head)
     logsumexp = grid.join_queries(sums.swapaxes(3, 4))[..., 0] / LOG2_E
-    o = grid.join_queries(out)
-    return (o, logsumexp), (q, k, v, slopes, index, o, logsumexp)
+    return grid.join_queries(out), logsumexp
 
 
 def _backward(options, residuals, cotangents):
@@ -114,8 +179,12 @@ def _backward(options, residuals, cotangents):
     sums = jnp.where(jnp.isneginf(logsumexp), -NEVER, logsumexp * LOG2_E)
     rows = [grid.cut_queries(a[..., None]).swapaxes(3, 4) for a in (sums, product)]
     statistics = jnp.concatenate(rows, axis=3)
-    queries, keys, values, *rest, by_head = _blocks(grid, q, k, v, slopes, cut, options)
-    gradients = backward(rules, plans(order), queries, keys, values, *rest, grid.cut_queries(do), statistics, by_head)
+    *arrays, by_head = _blocks(grid, q, k, v, slopes, cut, options)
+
+    def run(arrays, slopes):
+        return tuple(backward(rules, *arrays, slopes))
+
+    gradients = with_more_rows(run)((plans(order), *arrays, grid.cut_queries(do), statistics), by_head)
     dq = (grid.join_queries(gradients[0]) * options.scale).astype(q.dtype)
     dk = grid.join_keys(gradients[1])
     dv = None if v is None else grid.join_keys(gradients[2])
@@ -146,15 +215,40 @@ def _grid(q, k, options, backward):
     most, limit = (BACKWARD, HEAVY_BACKWARD) if backward else (FORWARD, HEAVY_FORWARD)
     if q.dtype == jnp.float32 or q.shape[3] > 2 * LANES:
         limit = HEAVIEST
-    elif options.soft_cap is None and q.shape[3] <= LANES:
+    elif _is_light(q, options):
         limit = most
     most = min(most[0], limit[0]), min(most[1], limit[1])
-    if "v6" in devices.current().kind:
+    if _is_v6e():
         most = max(most[0] // 2, LANES), most[1]
-    return Grid(
+    grid = Grid(
         q.shape[1], k.shape[1], kv_heads=k.shape[2], group=q.shape[2] // k.shape[2], window=options.window,
-        block_size=options.block_size, most=most,
+        block_size=options.block_size, most=most, dividing=not backward and _is_decoding(q, options),
     )  # fmt: skip
+    if not backward and _goes_in_stages(q, options):
+        once = options.plain and options.causal and options.window is None
+        most = IN_STAGES if once else IN_STAGES_MASKED_TWICE
+        staged = dataclasses.replace(grid, most=most, in_stages=True)
+        return staged if staged.tokens * staged.group > LEAST_IN_STAGES else grid
+    return grid
+
+
+def _fill_lanes(x, multiple):
+    missing = -x.shape[3] % multiple
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
+
+
+def _is_v6e() -> bool:
+    return "v6" in devices.current().kind
+
+
+def _is_light(q, options) -> bool:
+    """Whether a score takes few registers."""
+    return q.dtype == jnp.bfloat16 and options.soft_cap is None and q.shape[3] <= LANES
+
+
+def _goes_in_stages(q, options) -> bool:
+    """A v6e's matrix units are fast enough to wait for the softmax, else."""
+    return _is_v6e() and _is_light(q, options)
 
 
 def _rules(q, k, v, options):

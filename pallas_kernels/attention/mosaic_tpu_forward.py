@@ -16,25 +16,29 @@ from pallas_kernels.attention.mosaic_tpu_rules import LANES, NEVER, VMEM_LIMIT, 
 from pallas_kernels.attention.mosaic_tpu_stream import Stream
 
 
-def forward(rules, plans, queries, keys, values, query_index, key_index, slopes):
+def forward(rules, plans, queries, keys, values, query_index, key_index, slopes, in_stages, across=False):
     """Returns o `[B, G, outer, rows, V]` and the log-sum-exp (base 2), float32 `[B, G, outer, 1, rows]`.
 
     rules: what the kernel is specialised for. plans: of `mosaic_tpu_stream`. queries: `[B, G, outer, rows, K]`. keys,
     values: `[B, G, tiles, C, .]`; values None: the first `rules.value_width` channels of the keys. query_index,
     key_index: int32 `[B or 1, outer, 2, rows]` and `[B or 1, tiles, 2, C]`, of documents and positions. slopes:
-    `[G, 1, rows]` or None.
+    `[G, 1, rows]` or None. in_stages: whether to compute the scores of the next half of a tile's rows and the values of
+    the last one beside the softmax of each: for matrix units that would wait else. across: whether keys and values are
+    `[B, G, ., tiles x C]`.
     """
     batch, kv_heads, outer, rows, width = queries.shape
-    tile, value_width, dtype = keys.shape[3], rules.value_width, queries.dtype
+    tile, value_width, dtype = key_index.shape[3], rules.value_width, queries.dtype
 
+    slots, halves = (4, 2) if in_stages else (2, 1)
     plan_row, index_row = row_of(plans, batch), row_of(query_index, batch)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     plan_spec = pl.BlockSpec(
         (None, None, 1, plans.shape[3]), lambda b, g, i: (plan_row(b), i, 0, 0), memory_space=pltpu.SMEM
     )
+    shape = lambda width: (width, tile) if across else (tile, width)
     of_head = lambda b, g, i: (b, g, i, 0, 0)
     return pl.pallas_call(
-        functools.partial(_kernel, rules),
+        functools.partial(_kernel, rules, halves, across),
         grid=(batch, kv_heads, outer),
         in_specs=[
             plan_spec,
@@ -54,10 +58,10 @@ def forward(rules, plans, queries, keys, values, query_index, key_index, slopes)
             jax.ShapeDtypeStruct((batch, kv_heads, outer, 1, rows), jnp.float32),
         ],
         scratch_shapes=[
-            pltpu.VMEM((2, tile, width), dtype),
-            None if values is None else pltpu.VMEM((2, tile, value_width), dtype),
-            pltpu.VMEM((2, 2, tile), jnp.int32),
-            pltpu.SemaphoreType.DMA((2, 3)),
+            pltpu.VMEM((slots, *shape(width)), dtype),
+            None if values is None else pltpu.VMEM((slots, *shape(value_width)), dtype),
+            pltpu.VMEM((slots, 2, tile), jnp.int32),
+            pltpu.SemaphoreType.DMA((slots, 3)),
             pltpu.SMEM((1,), jnp.int32),
             pltpu.VMEM((rows, LANES), jnp.float32),
             pltpu.VMEM((rows, LANES), jnp.float32),
@@ -75,7 +79,7 @@ def forward(rules, plans, queries, keys, values, query_index, key_index, slopes)
 
 
 def _kernel(
-    rules, plan, q, keys, values, query_index, key_index, slopes, o, logsumexp,
+    rules, halves, across, plan, q, keys, values, query_index, key_index, slopes, o, logsumexp,
     key_buffer, value_buffer, index_buffer, arrivals, slot, peak, kept, total, out, columns, scores, weights,
 ):  # fmt: skip
     b, g, i = (pl.program_id(axis) for axis in range(3))
@@ -92,31 +96,53 @@ def _kernel(
     columns[1] = across_lanes(query_index[1:2])
     slope = None if slopes is None else across_lanes(slopes[...])
 
-    def visit(masked, n, slot):
-        k = key_buffer[slot]
-        v = k[:, : rules.value_width] if values is None else value_buffer[slot]
-        computed = rules.scores(rules.product(q[...], k, (1, 1)))[0]
-        of_keys = index_buffer[slot]
-        position, kv_position = spread(columns[1], computed), of_keys[1:2]
-        if slopes is not None:
-            computed -= rules.bias(spread(slope, computed), position, kv_position)
-        if masked:
-            document = spread(columns[0], computed) if rules.by_document else None
-            computed = jnp.where(rules.seen(document, of_keys[0:1], position, kv_position), computed, -jnp.inf)
-        scores[...] = computed
-        before = peak[...]
-        now = jnp.maximum(before, scores[...].max(axis=1, keepdims=True))
-        peak[...] = now
-        # What was gathered shrinks in a step of its own: in one expression with what is added, the compiler spills.
-        kept[...] = jnp.exp2(before - now)
-        total[...] *= kept[...]
-        out[...] *= spread(kept[...], out)
-        weighed = jnp.exp2(scores[...] - spread(now, computed))
-        total[...] += _fold(weighed)
-        weights[...] = weighed.astype(weights.dtype)
-        out[...] += rules.product(weights[...], v, (1, 0))
+    def part(half):
+        rows = q.shape[0] // halves
+        return slice(half * rows, (half + 1) * rows)
 
-    stream.walk(i == 0, visit)
+    def value_tile(slot):
+        if values is not None:
+            return value_buffer[slot]
+        return key_buffer[slot][: rules.value_width] if across else key_buffer[slot][:, : rules.value_width]
+
+    def score(masked, slot, half):
+        rows = part(half)
+        computed = rules.scores(rules.product(q[rows], key_buffer[slot], (1, 0) if across else (1, 1)))[0]
+        of_keys = index_buffer[slot]
+        position, kv_position = spread(columns[1, rows], computed), of_keys[1:2]
+        if slopes is not None:
+            computed -= rules.bias(spread(slope[rows], computed), position, kv_position)
+        if masked:
+            document = spread(columns[0, rows], computed) if rules.by_document else None
+            computed = jnp.where(rules.seen(document, of_keys[0:1], position, kv_position), computed, -jnp.inf)
+        scores[rows] = computed
+
+    def soften(half):
+        rows = part(half)
+        before = peak[rows]
+        now = jnp.maximum(before, scores[rows].max(axis=1, keepdims=True))
+        peak[rows] = now
+        # What was gathered shrinks in a step of its own: in one expression with what is added, the compiler spills.
+        kept[rows] = jnp.exp2(before - now)
+        out[rows] *= spread(kept[rows], out)
+        weighed = jnp.exp2(scores[rows] - spread(now, scores))
+        total[rows] = total[rows] * kept[rows] + _fold(weighed)
+        weights[rows] = weighed.astype(weights.dtype)
+
+    def gather(slot, half):
+        rows = part(half)
+        out[rows] += rules.product(weights[rows], value_tile(slot), (1, 1) if across else (1, 0))
+
+    def visit(masked, n, slot):
+        score(masked, slot, 0)
+        soften(0)
+        gather(slot, 0)
+
+    if halves == 1:
+        stream.walk(i == 0, visit)
+    else:
+        weights[part(1)] = jnp.zeros_like(weights[part(1)])
+        stream.walk_in_stages(i == 0, score, soften, gather)
 
     total[...] = jnp.broadcast_to(total[...].sum(axis=1, keepdims=True), total.shape)
     kept[...] = jnp.where(total[...] > 0, 1 / total[...], 0)

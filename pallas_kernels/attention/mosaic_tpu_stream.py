@@ -39,8 +39,11 @@ def plans(order: Order) -> Int[Array, "B outer 1 width"]:
 
 
 class Stream(NamedTuple):
-    """sources: arrays in main memory, `[tiles, ...]` each. buffers: `[2, ...]` each. arrivals: a semaphore for each
-    buffer, `[2, sources]`. slot: which of the two the next tile is in; kept from one outer tile to the next."""
+    """sources: arrays in main memory, `[tiles, ...]` each, or `[lines, tiles x lanes]`. buffers: `[slots, ...]` each.
+
+    arrivals: a semaphore for each buffer, `[slots, sources]`. slot: which of them the next tile is in; kept from one
+    outer tile to the next.
+    """
 
     plan: Any
     sources: tuple
@@ -50,9 +53,19 @@ class Stream(NamedTuple):
 
     def _copies(self, tile, slot):
         return [
-            pltpu.make_async_copy(source.at[tile], buffer.at[slot], self.arrivals.at[slot, number])
+            pltpu.make_async_copy(_tile(source, buffer, tile), buffer.at[slot], self.arrivals.at[slot, number])
             for number, (source, buffer) in enumerate(zip(self.sources, self.buffers, strict=True))
         ]
+
+    def _begin(self, first):
+        @pl.when(first)
+        def _():
+            self.slot[0] = 0
+            self._fetch(0, 0)
+
+    def _wait(self, n, slot):
+        for copy in self._copies(self.tile(n), slot):
+            copy.wait()
 
     def _fetch(self, n, slot):
         tile = self.tile(n)
@@ -75,18 +88,64 @@ class Stream(NamedTuple):
         first: whether no outer tile before this one has fetched ahead.
         """
 
-        @pl.when(first)
-        def _():
-            self.slot[0] = 0
-            self._fetch(0, 0)
+        self._begin(first)
 
         def step(masked, n, slot):
             self._fetch(n + 1, 1 - slot)
-            for copy in self._copies(self.tile(n), slot):
-                copy.wait()
+            self._wait(n, slot)
             visit(masked, n, slot)
             return 1 - slot
 
         unmasked = self.plan[0, UNMASKED]
         slot = jax.lax.fori_loop(0, unmasked, functools.partial(step, False), self.slot[0])
         self.slot[0] = jax.lax.fori_loop(unmasked, self.visited, functools.partial(step, True), slot)
+
+    def walk_in_stages(
+        self, first: Any, score: Callable[[bool, Any, int], None], soften: Callable[[int], None],
+        gather: Callable[[Any, int], None],
+    ) -> None:  # fmt: skip
+        """Of each half (0, 1) of a tile's rows: `score(masked, slot, half)`, `soften(half)`, `gather(slot, half)`.
+
+        The scores of the next half and the values of the last one are worked on beside the softmax of each. What is
+        gathered first, for a last half that there was not, has to be 0.
+
+        Four slots: of the tile before, this one, the next one, and one that is fetched.
+        """
+        self._begin(first)
+        base, visited = self.slot[0], self.visited
+
+        def slot(n):
+            return (base + jnp.clip(n, 0, visited - 1)) & 3
+
+        def arrive(n):
+            @pl.when(n < visited)
+            def _():
+                self._fetch(n + 1, (base + n + 1) & 3)
+                self._wait(n, slot(n))
+
+        def when_any(stage, *arguments):
+            pl.when(visited > 0)(lambda: stage(*arguments))
+
+        def step(masked, n, _):
+            score(masked, slot(n), 1)
+            soften(0)
+            gather(slot(n - 1), 1)
+            arrive(n + 1)  # in between, so that the compiler schedules each half by itself: both together spill
+            score(masked, slot(n + 1), 0)  # after the last tile: that one's once more, for nobody
+            soften(1)
+            gather(slot(n), 0)
+
+        arrive(0)
+        when_any(score, True, slot(0), 0)
+        unmasked = jnp.maximum(self.plan[0, UNMASKED] - 1, 0)
+        jax.lax.fori_loop(0, unmasked, functools.partial(step, False), None)
+        jax.lax.fori_loop(unmasked, visited, functools.partial(step, True), None)
+        when_any(gather, slot(visited - 1), 1)
+        self.slot[0] = (base + visited) & 3
+
+
+def _tile(source, buffer, tile):
+    if source.ndim == buffer.ndim:
+        return source.at[tile]
+    lanes = buffer.shape[-1]
+    return source.at[:, pl.ds(tile * lanes, lanes)]

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     if RIVALS.value:
         from pallas_kernels.check.rivals import compare
 
-        sys.exit(compare(chosen, QUICK.value))
+        sys.exit(compare(chosen, QUICK.value, OUT.value))
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
     done: list[dict[str, Any]] = []
     lock = threading.Lock()

@@ -42,7 +42,8 @@ class Kernel:
     bundles: of the whole. step: those of a step of the grid, inner loops counted once (all of them, where there is no
     grid). loops: the bundles of each loop inside a step. steps: how often the loop over the grid runs, its steps and
     what fills and drains its pipeline; 1 without a grid. tiles: the bundles of each part of a step that has matrix
-    products and does not run once in every step: a loop, or what is skipped on a condition. products: of a step's
+    products and does not run once in every step: a loop, or what is skipped on a condition. optional: the bundles of
+    what else is skipped on a condition, as what begins or ends a row of tiles. products: of a step's
     bundles, the share that starts a matrix product (with libtpu 0.0.50 and before: or loads weights for one). spills,
     fills: vector registers that are stored and loaded again for want of registers, at one pass through all of the code.
     """
@@ -54,6 +55,7 @@ class Kernel:
     loops: tuple[int, ...]
     steps: int
     tiles: tuple[int, ...]
+    optional: int
     products: float
     spills: int
     fills: int
@@ -75,11 +77,11 @@ def kernel(name: str, folder: Path) -> Kernel:
     units = column.get("MATMUL", column.get("MXU"))  # libtpu 0.0.50 counts products and the loading of weights together
     step = used[first:last]
     inner = [(start, end) for spans in whole.values() for start, end in spans if first <= start < last]
-    spans = inner + [
-        span for span in skipped(bundles) if first < span[0] and span[1] <= last and not within(span, inner)
-    ]
-    spans = [span for span in spans if any(row[units] for row in used[slice(*span)])]
+    conditional = [span for span in skipped(bundles) if first < span[0] and span[1] <= last and not within(span, inner)]
+    spans = [span for span in inner + conditional if any(row[units] for row in used[slice(*span)])]
     tiles = sorted(span for span in spans if not any(within(other, [span]) for other in spans))
+    others = {span for span in conditional if span not in spans and not within(span, tiles)}
+    optional = sum(end - start for start, end in others if not within((start, end), list(others)))
     return Kernel(
         name=name,
         vmem=sum(int(size, 16) for size in allocations),
@@ -88,6 +90,7 @@ def kernel(name: str, folder: Path) -> Kernel:
         loops=tuple(end - start for start, end in inner),
         steps=grid_steps(bundles[first:last]) if last - first < len(bundles) else 1,
         tiles=tuple(end - start for start, end in tiles),
+        optional=optional,
         products=sum(row[units] > 0 for row in step) / max(len(step), 1),
         spills=sum(row[column["VSTORE:SPILL"]] for row in used),
         fills=sum(row[column["VLOAD:FILL"]] for row in used),

@@ -3,11 +3,14 @@
 Counted from the compiler's schedule, of all Pallas kernels in a call (what XLA does around them is left out, as are
 stalls), 8 heads of 128, causal, bfloat16:
 
-    cycles = steps x (bundles of a step outside its tiles) + sum over the tiles that are visited of the tile's bundles
+    cycles = steps x (bundles of a step outside its tiles and what else is skipped on a condition)
+           + rows of tiles x (bundles of that: it begins or ends a row)
+           + sum over the tiles that are visited of the tile's bundles
 
 steps: how often the loop over the grid runs, by its exit test: those in which nothing is seen are among them. tile: a
 loop in the step, or what is skipped on a condition, that has matrix products. Where a step has two of them, the first
-is for tiles of which all is seen, the second for those that the mask cuts.
+is for tiles of which all is seen, the second for those that the mask cuts. Where it has four, the first and the last
+fill and drain the stages of a pipeline, and a tile before one that is cut goes with those that are.
 """
 
 import functools
@@ -39,7 +42,6 @@ SPLASH = (
     (1024, 2048, 512),
     (2048, 2048, 512),
 )
-MEASURED = Path(__file__).parents[1] / "attention" / "measured"
 OURS = "mosaic_tpu"
 
 
@@ -90,8 +92,8 @@ OPS = {
 }
 
 
-def compare(targets: list[Any], quick: bool) -> int:
-    """Prints the table and saves it; 1 if a kernel of ours could not be counted. quick: 4,096 tokens, forward."""
+def compare(targets: list[Any], quick: bool, out: str | None) -> int:
+    """Prints the table; 1 if a kernel of ours could not be counted. quick: 4,096 tokens, forward. out: for its rows."""
     groups = [(shape, what) for shape in SHAPES for what in PASSES][: 1 if quick else None]
     found: list[dict[str, Any]] = []
     print(
@@ -112,14 +114,10 @@ def compare(targets: list[Any], quick: bool) -> int:
             compile_all(target, __name__, [(op, shape, what, None) for op in OPS], keep)
             report(counted)
             found += counted
-    MEASURED.mkdir(exist_ok=True)
-    out = MEASURED / f"static_cycles_{'_'.join(target.name for target in targets)}.json"
-    packages = versions(("jax", "jaxlib", "libtpu"))
-    if not quick:
-        out.write_text(
-            json.dumps({"date": time.strftime("%Y-%m-%d"), "versions": packages, "rows": found}, indent=1) + "\n"
-        )
-        print(f"\nsaved to {out}")
+    if out is not None:
+        packages = versions(("jax", "jaxlib", "libtpu"))
+        saved = {"date": time.strftime("%Y-%m-%d"), "versions": packages, "rows": found}
+        Path(out).write_text(json.dumps(saved, indent=1) + "\n")
     if "lcr" not in OPS:
         print(f"\nno kernel of ours: attention has no implementation {OURS!r} here")
     failed = [row for row in found if row["cycles"] is None]
@@ -143,24 +141,30 @@ def count(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def cycles_of(kernel: dict[str, Any], shape: Shape, queries: int, keys: int) -> int:
-    """See the module's docstring. Raises: ValueError for a kernel with more than two kinds of tiles in a step."""
-    tiles = kernel["tiles"]
-    visited, cut = (shape.B * shape.H * number for number in causal_tiles(shape.T, queries, keys))
-    visits = {0: (), 1: (visited,), 2: (visited - cut, cut)}.get(len(tiles))
+    """See the module's docstring. Raises: ValueError for a kernel with other numbers of tiles in a step."""
+    tiles, lines = kernel["tiles"], causal_tiles(shape.T, queries, keys)
+    seen, whole = (sum(numbers) for numbers in zip(*lines, strict=True))
+    before_whole = sum(max(number - 1, 0) for _, number in lines)
+    visits = {
+        0: (),
+        1: (seen,),
+        2: (whole, seen - whole),
+        4: (len(lines), before_whole, seen - before_whole, len(lines)),
+    }.get(len(tiles))
     if visits is None:
-        raise ValueError(f"{kernel['name']}: {len(tiles)} parts of a step have matrix products; expected two at most")
-    outside = kernel["step"] - sum(tiles)
-    return kernel["steps"] * outside + sum(size * number for size, number in zip(tiles, visits, strict=True))
+        raise ValueError(f"{kernel['name']}: {len(tiles)} parts of a step have matrix products; expected 0, 1, 2 or 4")
+    outside = kernel["step"] - sum(tiles) - kernel["optional"]
+    inside = len(lines) * kernel["optional"] + sum(size * number for size, number in zip(tiles, visits, strict=True))
+    return kernel["steps"] * outside + shape.B * shape.H * inside
 
 
-def causal_tiles(length: int, queries: int, keys: int) -> tuple[int, int]:
-    """How many tiles a causal mask shows something of, and how many of those it cuts."""
-    seen = cut = 0
-    for line in range(math.ceil(length / queries)):
-        first, last = line * queries, min((line + 1) * queries, length) - 1
-        shown = last // keys + 1
-        seen, cut = seen + shown, cut + shown - (first + 1) // keys
-    return seen, cut
+def causal_tiles(length: int, queries: int, keys: int) -> list[tuple[int, int]]:
+    """For each tile of queries, of how many tiles of keys a causal mask shows something, and of how many all."""
+    lines = []
+    for first in range(0, length, queries):
+        last = min(first + queries, length) - 1
+        lines.append((last // keys + 1, (first + 1) // keys))
+    return lines
 
 
 def tile_of(op: str, kernel: str) -> tuple[int, int]:

@@ -60,7 +60,7 @@ def compile_row(compiler: Any, target: Any, op: Any, shape: str, what: str, by: 
             with recording_defaults() as defaults:
                 function, arguments = program(op, op.shapes[shape], "forward")
                 jax.eval_shape(function, *arguments)
-            if by in defaults:
+            if by in (name for _, name in defaults):
                 return {"skip": True}
         try:
             function, arguments = program(op, op.shapes[shape], what, by)
@@ -77,7 +77,7 @@ def compile_row(compiler: Any, target: Any, op: Any, shape: str, what: str, by: 
     compiled, kernels = compiler.compile(lowered)
     memory = compiled.memory_analysis()
     return {
-        "implementation": by or " ".join(dict.fromkeys(chosen)),
+        "implementation": by or " ".join(dict.fromkeys(name for _, name in chosen)),
         "kernels": kernels,
         "memory": {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")},
     }

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.delta_rule import chunked, loop, mosaic_gpu, reference
+from pallas_kernels.delta_rule import chunked, loop, mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.mesh import Axes
 
 
 def delta_rule(
@@ -54,15 +55,21 @@ def delta_rule(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = q, k, v, a, b, log_decay, initial_state, segment_ids, scale
     candidates = preferred(devices.current().platform, q.shape[1], vector)
-    return dispatch.call("delta_rule", IMPLEMENTATIONS, implementation, candidates, *call)
+    return dispatch.call("delta_rule", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
 
 
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
     "mosaic_gpu": mosaic_gpu,
+    "mosaic_tpu": mosaic_tpu,
     "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=8)),
 }
+
+# Of q, k, v, a, b, log_decay (each of its forms), initial_state, segment_ids and scale; and of the results
+AXES = Axes(
+    "BTHK", "BTHK", "BTHV", "BTHK", "BTHK", ("BTHK", "BTH"), "BHKV", "BT", "", results=("BTHV", "BHKV")
+)  # fmt: skip
 
 
 def preferred(platform: str, length: int, vector: bool) -> tuple[str, ...]:
@@ -73,7 +80,9 @@ def preferred(platform: str, length: int, vector: bool) -> tuple[str, ...]:
     channel the loop takes 0.6 to 1.2 of the chunked form's time, with one a head 1.0 to 1.4 of it. Forward and backward
     it takes 2.5 to 4 times as long.
     """
-    return ("loop_forward",) if platform == "cpu" and vector and length > 1 else ("chunked",)
+    if platform == "cpu":
+        return ("loop_forward",) if vector and length > 1 else ("chunked",)
+    return (f"mosaic_{platform}", "chunked") if platform == "tpu" else ("chunked",)
 
 
 def _check(q, k, v, a, b, log_decay, initial_state, segment_ids):

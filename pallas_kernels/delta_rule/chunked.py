@@ -11,7 +11,8 @@ is a unit triangular system in the u of the chunk, (I - A_ab) U = A_a S + A_ak V
           + (q_t b_t) u_t + (q_t k_t) v_t
 
 and the state after the chunk are products of matrices (the WY or UT form: arXiv 2406.06484 section 3.2, 2412.06464
-section 3.3). Every exponent is a sum of log decays, so never above 0: nothing can overflow, whatever the gates.
+section 3.3). Every exponent is a sum of log decays, so never above 0: nothing can overflow, whatever the gates. Where the
+decays of a chunk are mild, `mild_decay.py` does the same in half the time.
 """
 
 import functools
@@ -20,10 +21,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import mild
 from pallas_kernels.chunks import scan_chunks
+from pallas_kernels.delta_rule import mild_decay
 from pallas_kernels.delta_rule.blocks import product, solve
 from pallas_kernels.delta_rule.decays import factors, scores
 from pallas_kernels.delta_rule.reference import Tokens, first_state, mark_documents, step
+from pallas_kernels.segments import document_starts
 
 CHUNK = 32  # a power of two; 16 and 64 take as long or longer on CPU, with one decay a head and with one a channel
 
@@ -50,26 +54,65 @@ def run(
         state, o = step(state, jax.tree.map(lambda x: x[:, 0], tokens), scale)
         return o[:, None].astype(v.dtype), state
 
-    state, o = scan_chunks(functools.partial(_body, scale=scale, dtype=v.dtype), CHUNK, None, state, tokens)
+    starts = None if segment_ids is None else document_starts(segment_ids)[0]
+    body = functools.partial(_body, scale=scale, dtype=v.dtype)
+    state, o = scan_chunks(body, CHUNK, None, state, (tokens, starts))
     return o, state
 
 
-def _body(shared, state, tokens, *, scale, dtype):
+def _body(shared, state, inputs, *, scale, dtype):
     """One chunk, filled up to a power of two, heads before tokens."""
+    tokens, starts = inputs
     length = tokens.q.shape[1]
     size = max(2, 1 << (length - 1).bit_length())
 
-    def heads_first(x):
-        return jnp.swapaxes(jnp.pad(x.astype(state.dtype), ((0, 0), (0, size - length), (0, 0), (0, 0))), 1, 2)
+    def filled(x):
+        return jnp.pad(x, ((0, 0), (0, size - length)) + ((0, 0),) * (x.ndim - 2))
 
-    state, o = _chunk(state, jax.tree.map(heads_first, tokens), scale)
+    def heads_first(x):
+        return jnp.swapaxes(filled(x.astype(state.dtype)), 1, 2)
+
+    tokens = jax.tree.map(heads_first, tokens._replace(q=tokens.q.astype(state.dtype) * scale))
+    state, o = _chunk(state, tokens, None if starts is None else filled(starts))
     return state, jnp.swapaxes(o, 1, 2)[:, :length].astype(dtype)
 
 
-def _chunk(state: Float[Array, "B H K V"], tokens: Tokens, scale: float):
-    """The formulas above: the state after a chunk and its outputs `[B, H, C, V]`; fields of tokens `[B, H, C, ...]`."""
+@jax.custom_vjp
+def _chunk(state, tokens, starts):
+    """The state after a chunk and its outputs `[B, H, C, V]`; fields of tokens `[B, H, C, ...]`, q scaled."""
+    return jax.lax.cond(
+        _is_mild(tokens, starts),
+        lambda: mild_decay.forward(state, tokens, starts),
+        lambda: _any_chunk(state, tokens),
+    )
+
+
+def _chunk_fwd(state, tokens, starts):
+    return _chunk(state, tokens, starts), (state, tokens, starts)
+
+
+def _chunk_bwd(inputs, cotangents):
+    state, tokens, starts = inputs
+    d_state, d_tokens = jax.lax.cond(
+        _is_mild(tokens, starts),
+        lambda: mild_decay.backward(state, tokens, starts, *cotangents),
+        lambda: jax.vjp(_any_chunk, state, tokens)[1](cotangents),
+    )
+    return d_state, d_tokens, None
+
+
+_chunk.defvjp(_chunk_fwd, _chunk_bwd)
+
+
+def _is_mild(tokens, starts):
+    """But for the starts of documents, which the form for mild decays tells by masks."""
+    gates = tokens.log_decay
+    return mild.is_mild(gates if starts is None else jnp.where(starts[:, None, :, None], jnp.zeros((), gates.dtype), gates))
+
+
+def _any_chunk(state: Float[Array, "B H K V"], tokens: Tokens):
+    """The formulas above, whatever the gates."""
     q, k, v, a, b, log_decay = tokens
-    q = q * scale
     decays = factors(log_decay)
     rows = jnp.stack([a, q * decays.token])
     columns = jnp.stack([b, k])

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.linear_attention import chunked, loop, reference
+from pallas_kernels.linear_attention import chunked, loop, mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.mesh import Axes
 
 
 def linear_attention(
@@ -52,14 +53,21 @@ def linear_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = q, k, v, log_decay, initial_state, segment_ids, scale, bonus
     candidates = preferred(devices.current().platform, q.shape[1])
-    return dispatch.call("linear_attention", IMPLEMENTATIONS, implementation, candidates, *call)
+    return dispatch.call("linear_attention", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
 
 
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
+    "mosaic_gpu": mosaic_gpu,
+    "mosaic_tpu": mosaic_tpu,
     "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=6)),
 }
+
+# Of q, k, v, log_decay (each of its forms), initial_state, segment_ids, scale and bonus; and of the results
+AXES = Axes(
+    "BTGK", "BTGK", "BTHV", ("BTHK", "BTH", "H"), "BHKV", "BT", "", "HK", results=("BTHV", "BHKV")
+)  # fmt: skip
 
 
 def preferred(platform: str, length: int) -> tuple[str, ...]:
@@ -69,7 +77,9 @@ def preferred(platform: str, length: int) -> tuple[str, ...]:
     1.3 of the chunked form's time with a scalar decay, 0.25 to 0.6 of it with one decay a channel. Forward and backward
     a token loop takes 3 to 11 times as long.
     """
-    return ("loop_forward",) if platform == "cpu" and length > 1 else ("chunked",)
+    if platform == "cpu":
+        return ("loop_forward",) if length > 1 else ("chunked",)
+    return (f"mosaic_{platform}", "chunked") if platform in ("gpu", "tpu") else ("chunked",)
 
 
 def _check(q, k, v, log_decay, bonus, initial_state, segment_ids):

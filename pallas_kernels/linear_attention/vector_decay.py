@@ -1,5 +1,8 @@
 """Linear attention chunk by chunk with a decay for each key channel (gated linear attention, arXiv 2312.06635 §4).
 
+Where the decays of a chunk are mild, `mild_decay.py` does it; whatever they are, what follows does, in some three times the
+time.
+
 The decay from token j to token i is a vector, exp(sum_{j < l <= i} g_l), so it cannot be taken out of q_i k_j as one
 number. It can be split at any token between the two: q_i exp(sum since the split) times k_j exp(sum up to the split).
 Both exponents are sums of log decays, never above 0, and neither is a difference of larger sums: nothing overflows,
@@ -16,9 +19,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import mild
 from pallas_kernels.chunks import scan_chunks
+from pallas_kernels.linear_attention import mild_decay
 from pallas_kernels.linear_attention.reference import (
     as_log_decay,
     empty_state,
@@ -29,17 +34,17 @@ from pallas_kernels.linear_attention.reference import (
 from pallas_kernels.segments import document_starts
 
 BLOCK = 16
-CHUNK = 64  # fastest on CPU, forward and backward, of 32, 64 and 128 with blocks of 8, 16 and 32
+CHUNK = 32  # on CPU 64 takes as long, forward and backward; but of shorter chunks more are mild
 
 
 class Chunk(NamedTuple):
-    """The inputs, `[B, T, H, ...]`; or one chunk of them, heads before tokens."""
+    """The inputs, or one chunk of them."""
 
-    read: Float[Array, "B H C K"]  # q, or 0 where the state must not be read
-    k: Float[Array, "B H C K"]
-    v: Float[Array, "B H C V"]
-    log_decay: Float[Array, "B H C K"]
-    own: Float[Array, "B H C"]  # what a token reads of its own value
+    q: Float[Array, "B C H K"]
+    k: Float[Array, "B C H K"]
+    v: Float[Array, "B C H V"]
+    log_decay: Float[Array, "B C H K"]
+    starts: Bool[Array, "B C"] | None  # before which tokens the state is forgotten
 
 
 def vector_chunked(
@@ -60,30 +65,61 @@ def vector_chunked(
     """
     dtype = np.promote_types(q.dtype, np.float32)
     state = empty_state(q, v) if initial_state is None else initial_state.astype(dtype)
-    q, k = for_each_head(q, v.shape[2]), for_each_head(k, v.shape[2])
-    own = read_and_write(q, k, bonus, scale)
-    read, log_decay = q, as_log_decay(log_decay, dtype)
+    inputs = Chunk(for_each_head(q, v.shape[2]), for_each_head(k, v.shape[2]), v, as_log_decay(log_decay, dtype), None)
     if segment_ids is not None:
         starts, valid = document_starts(segment_ids)
-        # A boundary is a decay to nothing; with a bonus it must come before the token reads.
-        nothing = as_log_decay(jnp.full((), -jnp.inf, dtype), dtype)
-        log_decay = _where(valid, jnp.where(starts[:, :, None, None], nothing, log_decay))
-        read, k, own = _where(valid if bonus is None else valid & ~starts, read), _where(valid, k), _where(valid, own)
-    body = functools.partial(_body, scale=scale, exclusive=bonus is not None)
-    state, o = scan_chunks(body, CHUNK, None, state, Chunk(read, k, v, log_decay, own))
+        inputs = Chunk(*(_where(valid, x) for x in inputs[:4]), starts)
+        inputs = inputs._replace(log_decay=_where(~starts, inputs.log_decay))  # the boundary takes its place
+    state, o = scan_chunks(functools.partial(_body, scale=scale), CHUNK, bonus, state, inputs)
     return o, state
 
 
-def _body(shared, state, x, *, scale, exclusive):
+def _body(bonus, state, x, *, scale):
     """One chunk, filled up to whole blocks, heads before tokens."""
     length = x.k.shape[1]
 
     def heads_first(array):
         array = jnp.pad(array, ((0, 0), (0, -length % BLOCK)) + ((0, 0),) * (array.ndim - 2))
-        return jnp.swapaxes(array, 1, 2)
+        return array if array.ndim < 4 else jnp.swapaxes(array, 1, 2).astype(state.dtype)
 
-    state, o = _chunk(state, jax.tree.map(heads_first, x), scale=scale, exclusive=exclusive)
-    return state, jnp.swapaxes(o, 1, 2)[:, :length]
+    padded = jax.tree.map(heads_first, x._replace(q=x.q.astype(state.dtype) * scale))
+    state, o = _chunk(bonus is not None, state, padded)
+    o = jnp.swapaxes(o, 1, 2)[:, :length]
+    if bonus is not None:
+        o = o + read_and_write(x.q, x.k, bonus, scale)[..., None] * x.v.astype(state.dtype)
+    return state, o.astype(x.v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunk(exclusive, state, x):
+    """The state after a chunk and its outputs `[B, H, C, V]`; fields of x are `[B, H, C, ...]`, q is scaled."""
+    return jax.lax.cond(
+        mild.is_mild(x.log_decay),
+        lambda: mild_decay.forward(state, *x, exclusive),
+        lambda: _any_chunk(state, x, exclusive),
+    )
+
+
+def _chunk_fwd(exclusive, state, x):
+    return _chunk(exclusive, state, x), (state, x)
+
+
+def _chunk_bwd(exclusive, inputs, cotangents):
+    state, x = inputs
+
+    def any_backward():
+        def run(state, *floats):
+            return _any_chunk(state, Chunk(*floats, x.starts), exclusive)
+
+        return jax.vjp(run, state, *x[:4])[1](cotangents)
+
+    d_state, *d_x = jax.lax.cond(
+        mild.is_mild(x.log_decay), lambda: mild_decay.backward(state, *x, exclusive, *cotangents), any_backward
+    )
+    return d_state, Chunk(*d_x, None)
+
+
+_chunk.defvjp(_chunk_fwd, _chunk_bwd)
 
 
 def _where(mask, x):
@@ -91,27 +127,35 @@ def _where(mask, x):
     return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
-def _chunk(state, x, *, scale, exclusive):
-    """One chunk; axes: z rows, h heads, a and b blocks, i and j tokens of a block, m tokens of the chunk, l levels."""
+def _any_chunk(state, x, exclusive):
+    """A chunk whatever its gates; axes: z rows, h heads, a and b blocks, i and j tokens of a block, m tokens of the
+    chunk, l levels."""
     dtype, (batch, heads, length, _) = state.dtype, x.k.shape
     count = length // BLOCK
+    if x.starts is not None:  # a boundary is a decay to nothing
+        starts = x.starts[:, None, :, None]
+        nothing = as_log_decay(jnp.full((), -jnp.inf, dtype), dtype)
+        x = x._replace(log_decay=jnp.where(starts, nothing, x.log_decay))
+        if exclusive:  # it must come before the token reads
+            x = x._replace(q=jnp.where(starts, jnp.zeros((), dtype), x.q))
 
     def blocks(array):
-        return array.astype(dtype).reshape(batch, heads, count, BLOCK, -1)
+        return array.reshape(batch, heads, count, BLOCK, -1)
 
     def tokens(array):
         return array.reshape(batch, heads, length, -1)
 
-    q, k, v, log_decay = blocks(x.read) * scale, blocks(x.k), blocks(x.v), blocks(x.log_decay)
+    q, k, v, log_decay = (blocks(array) for array in x[:4])
     sums, parts = block_tables(BLOCK, exclusive)
     decays = jnp.exp(product("lij,zhajk->zhalik", jnp.asarray(sums, dtype), log_decay))
     levels, since, until = decays[:, :, :, :-2], decays[:, :, :, -2], decays[:, :, :, -1]
     between = jnp.exp(product("abc,zhck->zhabk", jnp.asarray(chunk_table(count), dtype), jnp.sum(log_decay, axis=3)))
 
-    # Within a block, and a token's own value
+    # Within a block
     scores = product("zhalik,zhaljk->zhalij", q[:, :, :, None] * levels, k[:, :, :, None] * levels)
     scores = jnp.sum(scores * jnp.asarray(parts, dtype)[None, None, None], axis=3)
-    scores = scores + jnp.eye(BLOCK, dtype=dtype)[None, None, None] * blocks(x.own)
+    if not exclusive:
+        scores = scores + jnp.eye(BLOCK, dtype=dtype)[None, None, None] * jnp.sum(q * k, axis=-1, keepdims=True)
     o = product("zhaij,zhajv->zhaiv", scores, v)
     # From block to block, and from the state before the chunk
     q, k = q * since, k * until
@@ -123,7 +167,7 @@ def _chunk(state, x, *, scale, exclusive):
     # The state after the chunk
     keys = tokens(k * between[:, :, count, 1:][:, :, :, None])
     state = between[:, :, count, 0][..., None] * state + product("zhmk,zhmv->zhkv", keys, tokens(v))
-    return state, tokens(o).astype(x.v.dtype)
+    return state, tokens(o)
 
 
 @functools.cache

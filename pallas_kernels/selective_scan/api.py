@@ -3,12 +3,16 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.selective_scan import chunked, reference
+from pallas_kernels.mesh import Axes
+from pallas_kernels.selective_scan import chunked, mosaic_gpu, mosaic_tpu, reference
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 
 # What is taken on a platform: the first that supports the call.
-PREFERRED = {"cpu": ("chunked",), "gpu": ("chunked",), "tpu": ("chunked",)}
+PREFERRED = {"cpu": ("chunked",), "gpu": ("mosaic_gpu", "chunked"), "tpu": ("mosaic_tpu", "chunked")}
+
+# Of x, dt, A, B, C, D, initial_state and segment_ids; and of the results
+AXES = Axes("BTD", "BTD", "DN", "BTN", "BTN", "D", "BDN", "BT", results=("BTD", "BDN"))
 
 
 def selective_scan(
@@ -31,7 +35,8 @@ def selective_scan(
     x:  inputs. dt: step sizes >= 0, after softplus. A: < 0, so that every decay lies in (0, 1].
     B, C: input and output weights of each token, shared by all channels. D: skip weights (None: no skip).
     initial_state: h before the first token (None: zero). segment_ids: see `pallas_kernels.segments`.
-    implementation: "chunked" (default) or "reference".
+    implementation: "chunked", "reference", "mosaic_gpu", "mosaic_tpu", or None: the best one on this device that
+        supports the call.
 
     Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y in
     x's dtype, final_state in the dtype of the computation. Differentiable in every float argument. Memory: one
@@ -58,4 +63,4 @@ def selective_scan(
     dispatch.compute_dtype({"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state})
     call = x, dt, A, B, C, D, initial_state, segment_ids
     candidates = PREFERRED.get(devices.current().platform, ("chunked",))
-    return dispatch.call("selective_scan", IMPLEMENTATIONS, implementation, candidates, *call)
+    return dispatch.call("selective_scan", IMPLEMENTATIONS, implementation, candidates, AXES, *call)

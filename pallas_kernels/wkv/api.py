@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
+from pallas_kernels.mesh import Axes
 from pallas_kernels.wkv import chunked, reference
 from pallas_kernels.wkv.reference import WKVState
 
@@ -13,6 +14,8 @@ IMPLEMENTATIONS = {
     "chunked": chunked,
     "loop_forward": dispatch.Implementation(dispatch.loop_forward(reference.run, chunked.run)),
 }
+# Of k, v, log_decay, bonus, initial_state (each of its leaves) and segment_ids; and of the results
+AXES = Axes("BTD", "BTD", "D", "D", "BD", "BT", results=("BTD", "BD"))
 FORGETS = -1e30  # what a log decay of -inf is taken for: nothing is left either, and its multiples are finite
 
 
@@ -60,7 +63,7 @@ def wkv(
     candidates = preferred(devices.current().platform, length)
     cast = [k, v, jnp.maximum(log_decay, FORGETS), bonus, initial_state]
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), cast)
-    y, final_state = dispatch.call("wkv", IMPLEMENTATIONS, implementation, candidates, *cast, segment_ids)
+    y, final_state = dispatch.call("wkv", IMPLEMENTATIONS, implementation, candidates, AXES, *cast, segment_ids)
     return y.astype(v.dtype), final_state
 
 

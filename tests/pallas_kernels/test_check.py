@@ -95,15 +95,18 @@ def test_the_schedule_of_a_tpu_kernel_is_read(tmp_path):
 
 
 def test_static_cycles_are_those_of_the_tiles_that_are_visited():
-    assert rivals.causal_tiles(4096, 512, 512) == (36, 8)
-    assert rivals.causal_tiles(4096, 512, 1024) == (20, 8)
-    assert rivals.causal_tiles(4096, 1024, 512) == (20, 8)
-    shape, kernel = rivals.SHAPES["4,096"], {"name": "k", "step": 1000, "steps": 66}
+    for queries, keys, seen, cut in ((512, 512, 36, 8), (512, 1024, 20, 8), (1024, 512, 20, 8)):
+        lines = rivals.causal_tiles(4096, queries, keys)
+        assert (sum(n for n, _ in lines), sum(n - whole for n, whole in lines)) == (seen, cut)
+    shape, kernel = rivals.SHAPES["4,096"], {"name": "k", "step": 1000, "steps": 66, "optional": 0}
     visited, cut = 8 * 10, 8 * 4  # 8 heads, 1,024 x 1,024
     assert rivals.cycles_of(kernel | {"tiles": []}, shape, 1024, 1024) == 66 * 1000
     assert rivals.cycles_of(kernel | {"tiles": [700]}, shape, 1024, 1024) == 66 * 300 + visited * 700
     both = rivals.cycles_of(kernel | {"tiles": [400, 500]}, shape, 1024, 1024)
     assert both == 66 * 100 + (visited - cut) * 400 + cut * 500
+    # In stages: of rows with 0, 1, 2 and 3 tiles that are seen whole, those before the last of these; 8 heads, 4 rows.
+    stages = rivals.cycles_of(kernel | {"tiles": [100, 300, 400, 50], "optional": 70}, shape, 1024, 1024)
+    assert stages == 66 * 80 + 8 * (4 * (100 + 50 + 70) + 3 * 300 + 7 * 400)
     with pytest.raises(ValueError, match="3 parts of a step"):
         rivals.cycles_of(kernel | {"tiles": [1, 2, 3]}, shape, 1024, 1024)
 

@@ -28,9 +28,9 @@ def loop(keys, values, total, initial, read=None, write=None, chunk=64):
 @pytest.mark.parametrize(
     ("shape", "reads", "scalar", "chunk"),
     [
-        ((1, 192, 2, 64, 64), False, True, 64),
+        ((1, 320, 1, 64, 64), False, True, 64),
         ((1, 128, 1, 128, 128), False, False, 64),
-        ((1, 128, 1, 64, 128), True, True, 64),
+        ((1, 320, 1, 64, 128), True, True, 64),
         ((2, 64, 1, 128, 64), True, False, 32),
     ],
 )

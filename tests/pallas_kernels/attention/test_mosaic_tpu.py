@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_conformance import arrays, out_and_gradients
-from attention_suite import AttentionSuite
+from attention_calls import arrays, out_and_gradients
+from attention_suite import AttentionSuite, assert_conforms
 from pallas_kernels import devices
-from pallas_kernels.attention import attention, mosaic_tpu
+from pallas_kernels.attention import attention, conformance, mosaic_tpu
 from pallas_kernels.attention.mosaic_tpu_stream import plans
 from pallas_kernels.attention.shapes import Shape
 from pallas_kernels.attention.tiles import Order
@@ -33,6 +33,17 @@ class TestMosaicTPU(AttentionSuite):
 
     def device(self):
         return simulated()
+
+
+@pytest.mark.parametrize("name", ["full", "packed, window", "alibi", "latent prefill"])
+def test_in_stages(name, monkeypatch):
+    """As on a v6e: two halves of a tile in turns, in three stages."""
+    monkeypatch.setattr(mosaic_tpu, "_goes_in_stages", lambda q, options: True)
+    for sizes in ("IN_STAGES", "IN_STAGES_MASKED_TWICE"):
+        monkeypatch.setattr(mosaic_tpu, sizes, (256, 128))
+    monkeypatch.setattr(mosaic_tpu, "LEAST_IN_STAGES", 0)
+    with simulated():
+        assert_conforms(conformance.CASES[name], "mosaic_tpu", jnp.float32, twice=False)
 
 
 def test_bfloat16():

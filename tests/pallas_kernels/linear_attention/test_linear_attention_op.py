@@ -257,7 +257,7 @@ def test_the_choice_is_logged_once(caplog):
         ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"\[B, T\] = \[2, 5\]"),
         (
             {"implementation": "chunky"},
-            "implementation='chunky': linear_attention has chunked, loop_forward, reference. Did you mean 'chunked'",
+            "implementation='chunky': linear_attention has chunked, loop_forward, mosaic_gpu, reference. Did you mean 'chunked'",
         ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -1,4 +1,5 @@
-"""What every implementation of `attention` is held to: the reference's outputs and gradients."""
+"""Calls of `attention` on arrays at hand, compiled once for all that differ in arrays alone; and held to the reference.
+(What every implementation is held to is `pallas_kernels.attention.conformance`.)"""
 
 import functools
 
@@ -50,7 +51,7 @@ def out_and_gradients(implementation, q, k, v, cotangent=None, **options):
     return run((q, k, v), index, cotangent)
 
 
-def assert_conforms(implementation, q, k, v, kind="float32", **options):
+def assert_like_reference(implementation, q, k, v, kind="float32", **options):
     o, gradients = out_and_gradients(implementation, q, k, v, **options)
     expected, expected_gradients = out_and_gradients("reference", q, k, v, **options)
     assert o.dtype == q.dtype

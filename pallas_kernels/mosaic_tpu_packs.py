@@ -1,0 +1,118 @@
+"""Heads side by side in the lanes of a TPU: how many make a pack, and what belongs to which head of it.
+
+A vector register holds 128 lanes. Heads narrower than that are worked on together: their keys lie side by side, and the
+state of a pack is a matrix of blocks, one for each head, on the diagonal. Heads that share keys and queries lie side by
+side in values and states alone.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_tpu_chunks import LANES
+
+
+UNIT = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """heads: of the pack. key, value: the widths of one head. shared: whether all of them have the same keys."""
+
+    heads: int
+    key: int
+    value: int
+    shared: bool = False
+
+    @property
+    def keys(self) -> int:
+        return self.key if self.shared else self.heads * self.key
+
+    @property
+    def values(self) -> int:
+        return self.heads * self.value
+
+    @property
+    def units(self) -> list[slice]:
+        """Lanes of values that are computed with at once: whole registers that hold whole heads, or parts of one."""
+        unit = self.values
+        if self.value % LANES == 0 or (LANES % self.value == 0 and self.values % LANES == 0):
+            unit = next(width for width in (UNIT, LANES) if width <= UNIT and self.values % width == 0)
+        return [slice(start, start + unit) for start in range(0, self.values, unit)]
+
+    def of_keys(self, head: int, x: jax.Array) -> jax.Array:
+        """x `[C, keys]`, but 0 in the lanes of other heads."""
+        if self.shared or self.heads == 1:
+            return x
+        return _keep(x, self.key * head, self.key)
+
+    def by_head(self, of_head: Callable[[int], jax.Array], lanes: slice) -> jax.Array:
+        """`[rows, lanes]`, in the lanes of head h those of `of_head(h)`, which has the lanes asked for, or one that
+        stands for all."""
+        found, width = None, lanes.stop - lanes.start
+        for head in range(lanes.start // self.value, -(-lanes.stop // self.value)):
+            x = of_head(head)
+            x = jnp.broadcast_to(x, (x.shape[0], width))
+            found = x if found is None else jnp.where(_lane(x) + lanes.start >= head * self.value, x, found)
+        return found
+
+    def blocks(self, part: jax.Array, lanes: slice, *, upright: bool = True) -> jax.Array:
+        """Some lanes of a state `[keys, values]`, but 0 outside the heads' blocks. Not upright: some rows of
+        `[values, keys]`."""
+        if self.shared or self.heads == 1:
+            return part
+        first, second = (jax.lax.broadcasted_iota(jnp.int32, part.shape, axis) for axis in (0, 1))
+        key, value = (first, second) if upright else (second, first)
+        return jnp.where(key // self.key == (value + lanes.start) // self.value, part, 0.0)
+
+    def join_states(self, state: jax.Array, *, upright: bool = True) -> jax.Array:
+        """`[B, H, K, V]` to `[B, packs, keys, values]`, or to `[B, packs, values, keys]`."""
+        batch, heads = state.shape[:2]
+        state = state.reshape(batch, heads // self.heads, self.heads, self.key, self.value)
+        if self.shared:
+            state = jnp.swapaxes(state, 2, 3)
+        elif self.heads > 1:
+            same = jnp.eye(self.heads, dtype=state.dtype)[None, None, :, None, :, None]
+            state = state[:, :, :, :, None] * same
+        state = state.reshape(batch, -1, self.keys, self.values)
+        return state if upright else jnp.swapaxes(state, 2, 3)
+
+    def part_states(self, state: jax.Array, *, upright: bool = True) -> jax.Array:
+        """The way back."""
+        state = state if upright else jnp.swapaxes(state, 2, 3)
+        batch, packs = state.shape[:2]
+        if self.shared:
+            state = jnp.swapaxes(state.reshape(batch, packs, self.key, self.heads, self.value), 2, 3)
+        elif self.heads > 1:
+            state = state.reshape(batch, packs, self.heads, self.key, self.heads, self.value)
+            state = jnp.stack([state[:, :, h, :, h] for h in range(self.heads)], axis=2)
+        return state.reshape(batch, -1, self.key, self.value)
+
+
+def narrow_pack(heads: int, key: int, value: int) -> Pack:
+    """The fewest heads whose keys and values fill whole registers; all of them, if none do."""
+    for count in range(1, heads):
+        if heads % count == 0 and count * key % LANES == 0 and count * value % LANES == 0:
+            return Pack(count, key, value)
+    return Pack(heads, key, value)
+
+
+def _lane(x):
+    return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+
+
+def _keep(x, start, width):
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
+    return x * ((lane >= start) & (lane < start + width)).astype(x.dtype)
+
+
+def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def spread(wide: jax.Array, width: int) -> jax.Array:
+    """`[rows, 128]`, alike in all lanes, to another width."""
+    repeated = side_by_side([wide] * -(-width // LANES))
+    return repeated if width % LANES == 0 else repeated[:, :width]

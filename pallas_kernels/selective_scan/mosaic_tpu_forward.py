@@ -1,0 +1,138 @@
+"""The forward of the selective scan on a TPU.
+
+The grid goes over rows of the batch, parts of the channels and, in order, chunks of tokens. A step loops over groups of
+16 tokens x 2,048 channels, two states at a time, which stay in registers meanwhile: an exponential, four products and
+two sums for each token, state and 1,024 channels. The next group's x and dt are transposed behind them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
+    CHUNK, LANES, LINES, STATES, TILE, TOKENS, VMEM_LIMIT, Layout, Rows, buffer, put_rows, spread, take_rows, token,
+    unrolled, weight,
+)  # fmt: skip
+
+
+def forward(layout: Layout, x, dt, rates, B, C, D, marks, initial_state, save: bool):
+    """Returns y like x, the final state, and the states before each chunk `[B, T / CHUNK, N, ., 8, 128]` or None.
+
+    x, dt: `[B, T, D]`. rates: A log2(e), float32 `[N, ., 8, 128]`, channels filled up to whole parts; so are the states
+    `[B, N, ., 8, 128]` and D, `[1, channels]`. B, C: float32 `[B, N filled up to lines, T filled up to chunks]`, 0 for
+    padding. marks: likewise, in the first of 8 lines, or None.
+    """
+    of_channels = (layout.states, layout.part // TILE, LINES, LANES)
+    of_tokens = pl.BlockSpec((None, CHUNK, layout.part), lambda b, p, c: (b, c, p))
+    of_state = pl.BlockSpec((None, *of_channels), lambda b, p, c: (b, 0, p, 0, 0))
+    of_weights = pl.BlockSpec((None, B.shape[1], CHUNK), lambda b, p, c: (b, 0, c))
+    of_saved = pl.BlockSpec((None, None, *of_channels), lambda b, p, c: (b, c, 0, p, 0, 0))
+    saved = (x.shape[0], layout.chunks, *initial_state.shape[1:])
+    return pl.pallas_call(
+        functools.partial(_kernel, layout),
+        grid=(x.shape[0], layout.parts, layout.chunks),
+        in_specs=[
+            of_tokens,
+            of_tokens,
+            pl.BlockSpec(of_channels, lambda b, p, c: (0, p, 0, 0)),
+            of_weights,
+            of_weights,
+            pl.BlockSpec((1, layout.part), lambda b, p, c: (0, p)),
+            None if marks is None else pl.BlockSpec((None, LINES, CHUNK), lambda b, p, c: (b, 0, c)),
+            of_state,
+        ],
+        out_specs=[of_tokens, of_state, of_saved if save else None],
+        out_shape=[
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct(initial_state.shape, jnp.float32),
+            jax.ShapeDtypeStruct(saved, jnp.float32) if save else None,
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
+            pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
+            None if marks is None else pltpu.VMEM((1, CHUNK, LANES), jnp.float32),
+            *(pltpu.VMEM(buffer(layout, TOKENS), jnp.float32) for _ in range(3)),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        name=f"selective_scan_forward_{layout.part}",
+    )(x, dt, rates, B, C, D, marks, initial_state)
+
+
+def _kernel(
+    layout, x, dt, rates, B, C, D, marks, initial_state, y, state, saved, b, c, mark, inputs, steps, outputs,
+):  # fmt: skip
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        state[...] = initial_state[...]
+
+    if saved is not None:
+        saved[...] = state[...]
+    spread(B, b)
+    spread(C, c)
+    if marks is not None:
+        spread(marks, mark)
+    groups = layout.token_groups(pl.program_id(2))
+    count = layout.part // (TILE * layout.wide) * groups
+
+    def rows(n):
+        row, at = pl.multiple_of(n % groups * TOKENS, TOKENS), pl.multiple_of(n // groups * TILE * layout.wide, TILE)
+        return Rows(layout, row, at, None if mark is None else mark.at[0])
+
+    def bring(n):
+        group = rows(n)
+
+        def turn(k, _):
+            step = group.read(dt, k)
+            put_rows(inputs, 0, k, group.real(step * group.read(x, k), k))
+            put_rows(steps, 0, k, group.step(step, k))
+            return 0
+
+        unrolled(LINES * layout.wide, turn, 0)
+
+    def visit(n, _):
+        group = rows(n)
+        tiles = pl.ds(n // groups * layout.wide, layout.wide)
+
+        def scan(first, fresh):
+            """The recurrence of a few states, whose outputs are added up."""
+            states = pl.ds(first, layout.together)
+            rate = rates[states, tiles]
+
+            def step(t, h):
+                at, now = token(0, t), group.row + t
+                h = jnp.exp2(steps[at][None] * rate) * h + inputs[at][None] * weight(b, states, now)
+                out = (h * weight(c, states, now)).sum(0)
+                outputs[at] = out if fresh else outputs[at] + out
+                return h
+
+            state[states, tiles] = unrolled(TOKENS, step, state[states, tiles])
+
+        if layout.state_groups == 1:
+            for first in range(0, layout.states, layout.together):
+                scan(first, first == 0)
+        else:
+            outputs[...] = jnp.zeros_like(outputs)
+
+            def some(i, _):
+                for first in range(0, STATES, layout.together):
+                    scan(i * STATES + first, False)
+                return 0
+
+            jax.lax.fori_loop(0, layout.state_groups, some, 0)
+
+        def write(k, _):
+            out = take_rows(outputs, 0, k) + group.read(x, k) * D[0:1, group.lanes(k)]
+            group.write(y, k, group.real(out, k))
+            return 0
+
+        unrolled(LINES * layout.wide, write, 0)
+        bring(jnp.minimum(n + 1, count - 1))
+        return 0
+
+    bring(0)
+    jax.lax.fori_loop(0, count, visit, 0)

@@ -1,0 +1,46 @@
+"""The TPU's kernels, simulated: memory spaces, copies and semaphores, with races looked for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conformance_suite import conformance_tests
+from pallas_kernels import devices
+from pallas_kernels.linear_attention import conformance, linear_attention
+from pallas_kernels.linear_attention.shapes import Shape
+from pallas_kernels.tolerances import TOLERANCE
+
+simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
+
+
+class TestLinearAttention(conformance_tests(conformance.SUITE)):
+    implementation = "mosaic_tpu"
+    run_twice = frozenset({"packed", "one token"})
+
+    def device(self):
+        return simulated()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(B=1, T=140, H=2, K=128, V=64, decay="token", G=1),
+        Shape(B=1, T=140, H=4, K=64, V=64, decay="channel", bonus=True),  # two packs of two heads at once
+    ],
+)
+def test_bfloat16(shape):
+    case = conformance.Case(shape=shape, gates="extreme")
+    with simulated():
+        for what, error, kind in conformance.SUITE.errors(case, "mosaic_tpu", jnp.bfloat16, twice=False):
+            assert error <= TOLERANCE[kind], f"{what}: {error:.2e} ({kind})"
+
+
+def test_says_what_it_does_not_support():
+    q, v = jnp.zeros((1, 4, 1, 16)), jnp.zeros((1, 4, 1, 16))
+    with pytest.raises(ValueError, match="needs a TPU"):
+        linear_attention(q, q, v, implementation="mosaic_tpu")
+    half = q.astype(jnp.float16)
+    with simulated(), pytest.raises(ValueError, match="float16"):
+        linear_attention(half, half, half, implementation="mosaic_tpu")
+    jax.eval_shape(linear_attention, q, q, v)  # by default another one is taken
