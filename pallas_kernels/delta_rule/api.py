@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.delta_rule import chunked, loop, mosaic_tpu, reference
+from pallas_kernels.delta_rule import chunked, loop, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.mesh import Axes
 
 
@@ -61,6 +61,7 @@ def delta_rule(
 IMPLEMENTATIONS = {
     "reference": reference,
     "chunked": chunked,
+    "mosaic_gpu": mosaic_gpu,
     "mosaic_tpu": mosaic_tpu,
     "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=8)),
 }
@@ -81,7 +82,7 @@ def preferred(platform: str, length: int, vector: bool) -> tuple[str, ...]:
     """
     if platform == "cpu":
         return ("loop_forward",) if vector and length > 1 else ("chunked",)
-    return (f"mosaic_{platform}", "chunked") if platform == "tpu" else ("chunked",)
+    return (f"mosaic_{platform}", "chunked") if platform in ("gpu", "tpu") else ("chunked",)
 
 
 def _check(q, k, v, a, b, log_decay, initial_state, segment_ids):

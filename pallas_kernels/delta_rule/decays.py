@@ -37,7 +37,7 @@ class Factors(NamedTuple):
 
 def factors(log_decay: Float[Array, "B H C K"]) -> Factors:
     """Of the gates of one chunk: at most 0, -inf included; C a power of two."""
-    log_decay = _finite(log_decay)
+    log_decay = finite(log_decay)
     batch, heads, chunk, width = log_decay.shape
     ranges = _ranges(chunk)
     matrix = jnp.asarray(ranges.reshape(-1, chunk), log_decay.dtype)
@@ -76,7 +76,7 @@ def _ranges(chunk: int) -> np.ndarray:
     return np.stack(ranges)
 
 
-def _finite(log_decay):
+def finite(log_decay):
     """No less than where exp becomes 0 in this dtype (-104 in float32), so that sums hold no infinities."""
     smallest = float(jnp.finfo(log_decay.dtype).smallest_subnormal)
     return jnp.maximum(log_decay, jnp.asarray(np.log(smallest) - 1.0, log_decay.dtype))
