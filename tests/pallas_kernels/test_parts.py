@@ -5,13 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pallas_kernels
 import pytest
-from pallas_kernels import parts
+from pallas_kernels import devices, parts
 from pallas_kernels.delta_rule import chunked as delta_rule_chunked
 from pallas_kernels.delta_rule import conformance as delta_rule
+from pallas_kernels.delta_rule import mosaic_gpu as delta_rule_gpu
 from pallas_kernels.delta_rule.parts import in_parts as delta_rule_in_parts
 from pallas_kernels.linear_attention import chunked as linear_attention_chunked
 from pallas_kernels.linear_attention import conformance as linear_attention
+from pallas_kernels.linear_attention import mosaic_gpu as linear_attention_gpu
 from pallas_kernels.linear_attention.parts import in_parts as linear_attention_in_parts
 from pallas_kernels.tolerances import assert_close
 
@@ -95,3 +98,22 @@ def test_delta_rule(decay, packed):
 )
 def test_how_many_parts(chains, length, expected):
     assert parts.count(chains, length) == expected
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule"])
+def test_kernels_of_a_gpu_are_given_parts(op, monkeypatch):
+    """A row of 8,192 tokens and a single head: every kernel call has four rows; one of many heads is not cut."""
+    module = {"linear_attention": linear_attention_gpu, "delta_rule": delta_rule_gpu}[op]
+    seen = []
+    for heads, rows in ((1, [4] if op == "linear_attention" else [4, 4]), (80, [1])):
+        seen.clear()
+        monkeypatch.setattr(module, "_run", lambda *call: (seen.append(call[0].shape[0]), _zeros(*call))[1])
+        x = jax.ShapeDtypeStruct((1, 8192, heads, 64), jnp.bfloat16)
+        call = (x,) * (3 if op == "linear_attention" else 5)
+        with devices.interpreting("gpu"):
+            jax.eval_shape(lambda *call: getattr(pallas_kernels, op)(*call, implementation="mosaic_gpu"), *call)
+        assert seen == rows
+
+
+def _zeros(q, k, v, *_):
+    return jnp.zeros_like(v), jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), jnp.float32)
