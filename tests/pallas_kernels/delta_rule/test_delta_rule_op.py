@@ -309,7 +309,8 @@ def test_the_choice_is_logged_once(caplog):
         ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"\[B, T\] = \[2, 5\]"),
         (
             {"implementation": "chunky"},
-            "implementation='chunky': delta_rule has chunked, loop_forward, mosaic_gpu, mosaic_tpu, reference. Did you mean 'chunked'",
+            "implementation='chunky': delta_rule has chunked, loop_forward, mosaic_gpu, mosaic_tpu, reference. "
+            "Did you mean 'chunked'",
         ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
