@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.segments import document_starts
 from pallas_kernels.selective_scan.reference import in_one_dtype
 
-CHUNK_LENGTH = 32  # tokens whose [B, N, D] are held at once
+CHUNK_LENGTH = 16  # tokens whose [B, N, D] are held at once
 GROUP_ELEMENTS = 8192  # rows are taken together up to this many elements of [B, N, D], to stay in the cache
 
 
@@ -80,13 +80,14 @@ def _decays_and_inputs(x, dt, B, starts, A):
 
 
 def _states(a, b, h):
-    """h_t = a_t h_{t-1} + b_t: the states after each token of a chunk, [C, B, N, D]."""
+    """h_t = a_t h_{t-1} + b_t: the last of a chunk, and the states after each token, [C, B, N, D], in the place of b."""
 
-    def step(h, ab):
-        h = ab[0] * h + ab[1]
-        return h, h
+    def step(t, carry):
+        h, b = carry
+        h = a[t] * h + b[t]
+        return h, b.at[t].set(h)
 
-    return jax.lax.scan(step, h, (a, b))
+    return jax.lax.fori_loop(0, len(a), step, (h, b))
 
 
 @jax.custom_vjp
@@ -123,24 +124,25 @@ def _scan_backward(saved, cotangents):
         _, states = _states(a, b, h_start)
         before = jnp.concatenate([h_start[None], states[:-1]])
 
-        def step(dh, inputs):  # dh: of the state after token t, from later tokens
-            a, C, dy = inputs
+        def step(carry, inputs):
+            dh, dA = carry  # dh: of the state after token t, from later tokens; dA: of each row, as its sum is cheaper here
+            a, before, dt, C, dy = inputs
             dh = dh + C[..., None] * dy[:, None, :]
-            return a * dh, dh
+            of_a = a * dh
+            return (of_a, dA + of_a * before * dt[:, None, :]), dh
 
-        dh, dstates = jax.lax.scan(step, dh, (a, C, dy), reverse=True)
+        (dh, dA), dstates = jax.lax.scan(step, (dh, dA), (a, before, dt, C, dy), reverse=True)
         dlog_a = dstates * before * a  # of dt_t A
         dC = (states * dy[:, :, None, :]).sum(-1)
         dB = (dstates * (dt * x)[:, :, None, :]).sum(-1)
         ddtx = (dstates * B[..., None]).sum(2)
         ddt = (dlog_a * A[None, None]).sum(2) + ddtx * x
-        dA = dA + (dlog_a * dt[:, :, None, :]).sum((0, 1))
         return (dh, dA), (ddtx * dt, ddt, dB, dC)
 
-    carry = (dh_final, jnp.zeros_like(A))
+    carry = (dh_final, jnp.zeros_like(dh_final))
     (dh, dA), (dx, ddt, dB, dC) = jax.lax.scan(chunk, carry, (x, dt, B, C, starts, h_starts, dy), reverse=True)
     dstarts = jax.tree.map(jnp.zeros_like, starts)  # a mask: nothing flows through it
-    return dx, ddt, dB, dC, dstarts, dA, dh
+    return dx, ddt, dB, dC, dstarts, dA.sum(0), dh
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
