@@ -12,6 +12,7 @@ then backward. Sums over the lanes go to the lane of their state, over the lines
 
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +75,7 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
             None if marks is None else pltpu.VMEM((1, CHUNK, LANES), jnp.float32),
             *(pltpu.VMEM(buffer(layout, CHUNK), jnp.float32) for _ in range(5)),
             pltpu.VMEM((some_states, CHUNK, layout.wide, LINES, LANES), jnp.float32),
-            *(pltpu.VMEM((CHUNK, LINES, LANES), jnp.float32) for _ in range(2)),
-            pltpu.VMEM((some_states // layout.together, CHUNK, LINES, LANES), jnp.float32),
+            *(pltpu.VMEM((some_states, CHUNK * LINES, LANES), jnp.float32) for _ in range(2)),
             pltpu.VMEM((some_states, layout.wide, LINES, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -88,28 +88,37 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
 def _kernel(
     layout, x, dt, dy, rates, B, C, D, marks, saved, dstate,
     dx, ddt, dA, dB, dC, dD, carry,
-    b, c, mark, inputs, steps, cotangents, of_inputs, of_rates, decayed, of_B, of_C, sums, state,
+    b, c, mark, inputs, steps, cotangents, of_inputs, of_rates, decayed, of_B, of_C, state,
 ):  # fmt: skip
+    def clear(n, _):
+        for of_tokens in (of_B, of_C):
+            of_tokens[n] = jnp.zeros(of_tokens.shape[1:], jnp.float32)
+        return 0
+
     @pl.when(pl.program_id(2) == 0)
     def _():
         carry[...] = dstate[...]
         dA[...] = jnp.zeros_like(dA)
         dD[...] = jnp.zeros_like(dD)
+        jax.lax.fori_loop(0, of_B.shape[0], clear, 0)
 
     spread(B, b)
     spread(C, c)
     if marks is not None:
         spread(marks, mark)
-    of_B[...] = jnp.zeros_like(of_B)
-    of_C[...] = jnp.zeros_like(of_C)
+    dB[...] = jnp.zeros_like(dB)
+    dC[...] = jnp.zeros_like(dC)
+    tiles_of_part = layout.part // (TILE * layout.wide)
     count = layout.token_groups(layout.chunks - 1 - pl.program_id(2))
-    lane = jax.lax.broadcasted_iota(jnp.int32, (LINES, LANES), 1)
 
     def of_some(n, _):
         """Some registers of channels, and STATES states."""
         tile, group_of_states = n // layout.state_groups, n % layout.state_groups
         first_state, here = group_of_states * STATES, min(layout.states, STATES)
         tiles = pl.ds(tile * layout.wide, layout.wide)
+
+        def lines(token):
+            return pl.ds(pl.multiple_of(token * LINES, LINES), LINES)
 
         def rows(i):
             row, at = pl.multiple_of(i * TOKENS, TOKENS), pl.multiple_of(tile * TILE * layout.wide, TILE)
@@ -127,29 +136,6 @@ def _kernel(
 
             unrolled(LINES * layout.wide, turn, 0)
 
-        def sum_up(group, t, values):
-            """The values `[together, wide, 8, 128]` added up over their lanes, from the lane of their state on."""
-            added = values.sum(1).sum(-1, keepdims=True)
-            out = jnp.broadcast_to(added[0], (LINES, LANES))
-            for q in range(1, layout.together):
-                out = jnp.where(lane >= first_state + group * layout.together + q, added[q], out)
-            sums[group, t] = out
-
-        def gather(total):
-            """Adds up what `sum_up` has left for each token, each in the lane of its state."""
-
-            def add(t, _):
-                out = sums[0, t]
-                for group in range(1, here // layout.together):
-                    out = jnp.where(lane >= first_state + group * layout.together, sums[group, t], out)
-                total[t] += jnp.where((lane >= first_state) & (lane < first_state + here), out, 0)
-                return 0
-
-            def some(i, _):
-                return unrolled(TOKENS, lambda t, _: add(i * TOKENS + t, 0), 0)
-
-            jax.lax.fori_loop(0, count, some, 0)
-
         def ahead(i, _):
             for first in range(0, here, layout.together):
                 local, states = pl.ds(first, layout.together), pl.ds(first_state + first, layout.together)
@@ -160,7 +146,7 @@ def _kernel(
                     u = jnp.exp2(steps[at][None] * rate) * h
                     decayed[local, now] = u
                     h = u + inputs[at][None] * weight(b, states, now)
-                    sum_up(first // layout.together, now, h * cotangents[at][None])
+                    of_C[local, lines(now)] += (h * cotangents[at][None]).sum(1)
                     return h
 
                 state[local] = unrolled(TOKENS, visit, state[local])
@@ -178,7 +164,7 @@ def _kernel(
                     at, now = token(i * (TOKENS // LINES), t), i * TOKENS + t
                     step = steps[at][None]
                     g = later + weight(c, states, now) * cotangents[at][None]
-                    sum_up(first // layout.together, now, g * inputs[at][None])
+                    of_B[local, lines(now)] += (g * inputs[at][None]).sum(1)
                     of_decay = g * decayed[local, now]
                     of_input, of_step = (g * weight(b, states, now)).sum(0), (of_decay * rate).sum(0)
                     if first > 0:
@@ -211,9 +197,12 @@ def _kernel(
         state[...] = saved[pl.ds(first_state, here), tiles]
         bring(0)
         jax.lax.fori_loop(0, count, ahead, 0)
-        gather(of_C)
         jax.lax.fori_loop(0, count, back, 0)
-        gather(of_B)
+
+        @pl.when((layout.state_groups > 1) | (tile == tiles_of_part - 1))
+        def _():
+            for of_token, out in ((of_C, dC), (of_B, dB)):
+                jax.lax.fori_loop(0, here, functools.partial(sum_up, of_token, out, first_state), 0)
 
         @pl.when(group_of_states == layout.state_groups - 1)
         def _():
@@ -221,6 +210,13 @@ def _kernel(
 
         return 0
 
-    jax.lax.fori_loop(0, layout.part // (TILE * layout.wide) * layout.state_groups, of_some, 0)
-    for total, out in ((of_B, dB), (of_C, dC)):
-        out[...] = total[...].sum(1).T[: out.shape[0]]
+    jax.lax.fori_loop(0, tiles_of_part * layout.state_groups, of_some, 0)
+
+
+def sum_up(of_tokens, out, first_state, n, _):
+    """Adds a register for each token, `[CHUNK * 8, 128]`, up over its channels: a row of `out`. Leaves 0 behind."""
+    # every eighth line is one of each token
+    lines = (of_tokens[n, pl.ds(line, CHUNK, stride=LINES), :] for line in range(LINES))
+    out[pl.ds(first_state + n, 1), :] += functools.reduce(operator.add, lines).T.sum(0, keepdims=True)
+    of_tokens[n] = jnp.zeros(of_tokens.shape[1:], jnp.float32)
+    return 0

@@ -55,7 +55,7 @@ class Layout:
     @property
     def wide(self) -> int:
         """Registers of channels that are taken together."""
-        return 2 if self.part % (2 * TILE) == 0 else 1
+        return 1
 
     @property
     def together(self) -> int:
