@@ -20,9 +20,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
-    CHUNK, LANES, LINES, STATES, TILE, TOKENS, VMEM_LIMIT, Layout, Rows, buffer, put_rows, spread, take_rows, token,
-    unrolled, weight,
+    CHUNK, LANES, LINES, STATES, TILE, TOGETHER, TOKENS, VMEM_LIMIT, Layout, Rows, in_order, put_rows, spread, take_rows,
+    unrolled,
 )  # fmt: skip
+
+# What is kept of the tokens of a chunk, a register for each
+INPUT, STEP, COTANGENT, OF_INPUT, OF_STEP = range(5)
+GROUPS = TOKENS // LINES
+
+
+def token(group, t):
+    return group + t // LINES, pl.ds(t % LINES * LINES, LINES), slice(None)
+
+
+def weight(spread, states, t):
+    return spread[states, pl.ds(t, 1), :]
 
 
 def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
@@ -73,10 +85,9 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
             pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
             pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
             None if marks is None else pltpu.VMEM((1, CHUNK, LANES), jnp.float32),
-            *(pltpu.VMEM(buffer(layout, CHUNK), jnp.float32) for _ in range(5)),
-            pltpu.VMEM((some_states, CHUNK, layout.wide, LINES, LANES), jnp.float32),
-            *(pltpu.VMEM((some_states, CHUNK * LINES, LANES), jnp.float32) for _ in range(2)),
-            pltpu.VMEM((some_states, layout.wide, LINES, LANES), jnp.float32),
+            *(pltpu.VMEM((n, CHUNK // LINES, LINES * LINES, LANES), jnp.float32) for n in (5, some_states, some_states)),
+            pltpu.VMEM((some_states, CHUNK, LINES, LANES), jnp.float32),
+            pltpu.VMEM((some_states, LINES, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
@@ -88,11 +99,11 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
 def _kernel(
     layout, x, dt, dy, rates, B, C, D, marks, saved, dstate,
     dx, ddt, dA, dB, dC, dD, carry,
-    b, c, mark, inputs, steps, cotangents, of_inputs, of_rates, decayed, of_B, of_C, state,
+    b, c, mark, kept, of_B, of_C, decayed, state,
 ):  # fmt: skip
     def clear(n, _):
-        for of_tokens in (of_B, of_C):
-            of_tokens[n] = jnp.zeros(of_tokens.shape[1:], jnp.float32)
+        for sums in (of_B, of_C):
+            sums[n] = jnp.zeros(sums.shape[1:], jnp.float32)
         return 0
 
     @pl.when(pl.program_id(2) == 0)
@@ -108,83 +119,85 @@ def _kernel(
         spread(marks, mark)
     dB[...] = jnp.zeros_like(dB)
     dC[...] = jnp.zeros_like(dC)
-    tiles_of_part = layout.part // (TILE * layout.wide)
+    tiles_of_part, here = layout.part // TILE, min(layout.states, STATES)
     count = layout.token_groups(layout.chunks - 1 - pl.program_id(2))
 
     def of_some(n, _):
         """Some registers of channels, and STATES states."""
         tile, group_of_states = n // layout.state_groups, n % layout.state_groups
-        first_state, here = group_of_states * STATES, min(layout.states, STATES)
-        tiles = pl.ds(tile * layout.wide, layout.wide)
-
-        def lines(token):
-            return pl.ds(pl.multiple_of(token * LINES, LINES), LINES)
+        first_state = group_of_states * STATES
 
         def rows(i):
-            row, at = pl.multiple_of(i * TOKENS, TOKENS), pl.multiple_of(tile * TILE * layout.wide, TILE)
+            row, at = pl.multiple_of(i * TOKENS, TOKENS), pl.multiple_of(tile * TILE, TILE)
             return Rows(layout, row, at, None if mark is None else mark.at[0])
 
-        def bring(i):
+        def bring(i, _):
             group, first = rows(i), i * (TOKENS // LINES)
 
             def turn(k, _):
                 step = group.read(dt, k)
-                put_rows(inputs, first, k, group.real(step * group.read(x, k), k))
-                put_rows(steps, first, k, group.step(step, k))
-                put_rows(cotangents, first, k, group.real(group.read(dy, k), k))
+                put_rows(kept.at[pl.ds(INPUT, 1)], first, k, group.real(step * group.read(x, k), k))
+                put_rows(kept.at[pl.ds(STEP, 1)], first, k, group.step(step, k))
+                put_rows(kept.at[pl.ds(COTANGENT, 1)], first, k, group.real(group.read(dy, k), k))
                 return 0
 
-            unrolled(LINES * layout.wide, turn, 0)
+            return unrolled(LINES, turn, 0)
 
         def ahead(i, _):
-            for first in range(0, here, layout.together):
-                local, states = pl.ds(first, layout.together), pl.ds(first_state + first, layout.together)
-                rate = rates[states, tiles]
+            for first in range(0, here, TOGETHER):
+                local, states = pl.ds(first, TOGETHER), pl.ds(first_state + first, TOGETHER)
+                rate = rates[states, tile]
 
-                def visit(t, h, local=local, states=states, rate=rate, first=first):
-                    at, now = token(i * (TOKENS // LINES), t), i * TOKENS + t
-                    u = jnp.exp2(steps[at][None] * rate) * h
+                def visit(t, h, local=local, states=states, rate=rate):
+                    at, now = token(i * GROUPS, t), i * TOKENS + t
+                    u = jnp.exp2(kept[STEP, *at] * rate) * h
                     decayed[local, now] = u
-                    h = u + inputs[at][None] * weight(b, states, now)
-                    of_C[local, lines(now)] += (h * cotangents[at][None]).sum(1)
+                    h = u + kept[INPUT, *at] * weight(b, states, now)
+                    of_C[local, *at] += h * kept[COTANGENT, *at]
                     return h
 
                 state[local] = unrolled(TOKENS, visit, state[local])
-            bring(jnp.minimum(i + 1, count - 1))
             return 0
 
-        def back(j, _):
+        def back(j, other):
             i = count - 1 - j
-            for first in range(0, here, layout.together):
-                local, states = pl.ds(first, layout.together), pl.ds(first_state + first, layout.together)
-                rate = rates[states, tiles]
+            for first in range(0, here, TOGETHER):
+                local, states = pl.ds(first, TOGETHER), pl.ds(first_state + first, TOGETHER)
+                rate = rates[states, tile]
 
-                def visit(t, gradients, local=local, states=states, rate=rate, first=first):
+                def load(t, first=first):
+                    of_now = token(i * GROUPS, TOKENS - 1 - t)
+                    own = tuple(kept[k, *of_now] for k in (INPUT, STEP, COTANGENT))
+                    if first > 0 or layout.state_groups > 1:
+                        sums = tuple(kept[k, *of_now] for k in (OF_INPUT, OF_STEP))
+                        if first == 0:
+                            sums = tuple(jnp.where(group_of_states > 0, a, 0) for a in sums)
+                    else:
+                        sums = ()
+                    return *own, sums
+
+                def visit(t, loaded, gradients, local=local, states=states, rate=rate, first=first):
                     t, (later, of_rate) = TOKENS - 1 - t, gradients
-                    at, now = token(i * (TOKENS // LINES), t), i * TOKENS + t
-                    step = steps[at][None]
-                    g = later + weight(c, states, now) * cotangents[at][None]
-                    of_B[local, lines(now)] += (g * inputs[at][None]).sum(1)
+                    inputs, step, cotangent, sums = loaded
+                    now, of_now = i * TOKENS + t, token(other * GROUPS, t)
+                    g = later + weight(c, states, now) * cotangent
+                    of_B[local, *token(i * GROUPS, t)] += g * inputs
                     of_decay = g * decayed[local, now]
-                    of_input, of_step = (g * weight(b, states, now)).sum(0), (of_decay * rate).sum(0)
-                    if first > 0:
-                        of_input, of_step = of_input + of_inputs[at], of_step + of_rates[at]
-                    elif layout.state_groups > 1:
-                        kept = group_of_states > 0
-                        of_input += jnp.where(kept, of_inputs[at], 0)
-                        of_step += jnp.where(kept, of_rates[at], 0)
-                    of_inputs[at], of_rates[at] = of_input, of_step
+                    new = (g * weight(b, states, now)).sum(0), (of_decay * rate).sum(0)
+                    if sums:
+                        new = tuple(a+b for a, b in zip(new, sums))
+                    kept[OF_INPUT, *of_now], kept[OF_STEP, *of_now] = new
                     return jnp.exp2(step * rate) * g, of_rate + of_decay * step
 
-                gradients = unrolled(TOKENS, visit, (carry[states, tiles], dA[states, tiles]))
-                carry[states, tiles], dA[states, tiles] = gradients
-            return 0
+                gradients = in_order(TOKENS, load, visit, (carry[states, tile], dA[states, tile]))
+                carry[states, tile], dA[states, tile] = gradients
+            return other - 1
 
         def write(i, _):
             group, first = rows(i), i * (TOKENS // LINES)
 
             def turn(k, _):
-                of_input, of_step = take_rows(of_inputs, first, k), take_rows(of_rates, first, k) * math.log(2)
+                of_input, of_step = take_rows(kept.at[pl.ds(OF_INPUT, 1)], first, k), take_rows(kept.at[pl.ds(OF_STEP, 1)], first, k) * math.log(2)
                 of_y, of_x = group.real(group.read(dy, k), k), group.real(group.read(x, k), k)
                 group.write(dx, k, of_input * group.real(group.read(dt, k), k) + of_y * D[0:1, group.lanes(k)])
                 group.write(ddt, k, group.real(of_step, k) + of_input * of_x)
@@ -192,17 +205,17 @@ def _kernel(
                 dD[:, group.lanes(k)] += skipped[:LINES] + skipped[LINES:]
                 return 0
 
-            return unrolled(LINES * layout.wide, turn, 0)
+            return unrolled(LINES, turn, 0)
 
-        state[...] = saved[pl.ds(first_state, here), tiles]
-        bring(0)
+        state[...] = saved[pl.ds(first_state, here), tile]
+        jax.lax.fori_loop(0, count, bring, 0)
         jax.lax.fori_loop(0, count, ahead, 0)
-        jax.lax.fori_loop(0, count, back, 0)
+        jax.lax.fori_loop(0, count, back, count - 1)
 
         @pl.when((layout.state_groups > 1) | (tile == tiles_of_part - 1))
         def _():
-            for of_token, out in ((of_C, dC), (of_B, dB)):
-                jax.lax.fori_loop(0, here, functools.partial(sum_up, of_token, out, first_state), 0)
+            for sums, out in ((of_C, dC), (of_B, dB)):
+                jax.lax.fori_loop(0, here, functools.partial(sum_up, sums, out, first_state), 0)
 
         @pl.when(group_of_states == layout.state_groups - 1)
         def _():
@@ -213,10 +226,11 @@ def _kernel(
     jax.lax.fori_loop(0, tiles_of_part * layout.state_groups, of_some, 0)
 
 
-def sum_up(of_tokens, out, first_state, n, _):
-    """Adds a register for each token, `[CHUNK * 8, 128]`, up over its channels: a row of `out`. Leaves 0 behind."""
+def sum_up(sums, out, first_state, n, _):
+    """Adds a register for each token up over its channels: a row of `out`. Leaves 0 behind."""
     # every eighth line is one of each token
-    lines = (of_tokens[n, pl.ds(line, CHUNK, stride=LINES), :] for line in range(LINES))
-    out[pl.ds(first_state + n, 1), :] += functools.reduce(operator.add, lines).T.sum(0, keepdims=True)
-    of_tokens[n] = jnp.zeros(of_tokens.shape[1:], jnp.float32)
+    lines = (sums[n, :, pl.ds(line, LINES, stride=LINES), :] for line in range(LINES))
+    by_token = functools.reduce(operator.add, lines).reshape(CHUNK, LANES)
+    out[pl.ds(first_state + n, 1), :] += by_token.T.sum(0, keepdims=True)
+    sums[n] = jnp.zeros(sums.shape[1:], jnp.float32)
     return 0

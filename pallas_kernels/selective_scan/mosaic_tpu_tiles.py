@@ -96,6 +96,22 @@ def unrolled(count: int, body, carry):
     return carry
 
 
+import os
+AHEAD = int(os.environ.get("AHEAD", 2))
+
+
+def in_order(count: int, load, body, carry):
+    """carry = body(i, load(i), carry), unrolled, where the loads stand a few steps before."""
+    if devices.current().interpreted:
+        return jax.lax.fori_loop(0, count, lambda i, carry: body(i, load(i), carry), carry)
+    loaded = [load(i) for i in range(AHEAD)]
+    for i in range(count):
+        if i + AHEAD < count:
+            loaded.append(load(i + AHEAD))
+        carry = body(i, loaded[i], carry)
+    return carry
+
+
 def spread(source, target):
     """source `[N, CHUNK]` to target `[N, CHUNK, 128]`, alike in all lanes."""
     columns = source[...].T
