@@ -6,8 +6,9 @@ With g_t the gradient of the state after token t, and u_t = exp(dt_t A) h_{t-1}:
     dx_t = dt_t sum_n (g_t B_t) + D dy_t           dA    = sum_t g_t u_t dt_t
     dB_t = sum_d g_t dt_t x_t                      dC_t  = sum_d h_t dy_t
 
-For 2,048 channels and 16 states at a time a chunk is gone through forward, which gives u of all its tokens and dC, and
-then backward. Sums over the lanes go to the lane of their state, over the lines of a register at the end of the chunk.
+For 1,024 channels and 16 states at a time a chunk is gone through forward, which gives u of all its tokens and the
+terms of dC, and then backward. The terms of dB and dC are added up over registers of channels, each in its place, and
+over the channels of a register at the end of the chunk.
 """
 
 import functools
@@ -20,21 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
-    CHUNK, LANES, LINES, STATES, TILE, TOGETHER, TOKENS, VMEM_LIMIT, Layout, Rows, in_order, put_rows, spread, take_rows,
-    unrolled,
+    CHUNK, GROUPS, LANES, LINES, STATES, TILE, TOKENS, VMEM_LIMIT, Layout, Rows, in_order, put_rows, spread, take_rows,
+    token, unrolled, weight,
 )  # fmt: skip
 
-# What is kept of the tokens of a chunk, a register for each
-INPUT, STEP, COTANGENT, OF_INPUT, OF_STEP = range(5)
-GROUPS = TOKENS // LINES
-
-
-def token(group, t):
-    return group + t // LINES, pl.ds(t % LINES * LINES, LINES), slice(None)
-
-
-def weight(spread, states, t):
-    return spread[states, pl.ds(t, 1), :]
+INPUT, STEP, COTANGENT, OF_INPUT, OF_STEP = range(5)  # what is kept of the tokens of a chunk
+AHEAD = 2  # with more, a v6e runs out of registers
 
 
 def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
@@ -47,7 +39,7 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
     of_parts = pl.BlockSpec((None, None, B.shape[1], CHUNK), lambda b, p, c: (b, p, 0, last - c))
     by_part = jax.ShapeDtypeStruct((batch, layout.parts, *B.shape[1:]), jnp.float32)
     by_state = jax.ShapeDtypeStruct(dstate.shape, jnp.float32)
-    some_states = min(layout.states, STATES)
+    some_states, of_chunk = min(layout.states, STATES), (CHUNK // LINES, LINES * LINES, LANES)
     return pl.pallas_call(
         functools.partial(_kernel, layout),
         grid=(batch, layout.parts, layout.chunks),
@@ -85,7 +77,8 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
             pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
             pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
             None if marks is None else pltpu.VMEM((1, CHUNK, LANES), jnp.float32),
-            *(pltpu.VMEM((n, CHUNK // LINES, LINES * LINES, LANES), jnp.float32) for n in (5, some_states, some_states)),
+            pltpu.VMEM((5, 1, *of_chunk), jnp.float32),
+            *(pltpu.VMEM((some_states, *of_chunk), jnp.float32) for _ in range(2)),
             pltpu.VMEM((some_states, CHUNK, LINES, LANES), jnp.float32),
             pltpu.VMEM((some_states, LINES, LANES), jnp.float32),
         ],
@@ -119,11 +112,11 @@ def _kernel(
         spread(marks, mark)
     dB[...] = jnp.zeros_like(dB)
     dC[...] = jnp.zeros_like(dC)
-    tiles_of_part, here = layout.part // TILE, min(layout.states, STATES)
+    tiles, here, together = layout.part // TILE, min(layout.states, STATES), layout.together(1)
     count = layout.token_groups(layout.chunks - 1 - pl.program_id(2))
 
     def of_some(n, _):
-        """Some registers of channels, and STATES states."""
+        """A register of channels, and STATES states."""
         tile, group_of_states = n // layout.state_groups, n % layout.state_groups
         first_state = group_of_states * STATES
 
@@ -132,72 +125,67 @@ def _kernel(
             return Rows(layout, row, at, None if mark is None else mark.at[0])
 
         def bring(i, _):
-            group, first = rows(i), i * (TOKENS // LINES)
+            group, first = rows(i), i * GROUPS
 
             def turn(k, _):
                 step = group.read(dt, k)
-                put_rows(kept.at[pl.ds(INPUT, 1)], first, k, group.real(step * group.read(x, k), k))
-                put_rows(kept.at[pl.ds(STEP, 1)], first, k, group.step(step, k))
-                put_rows(kept.at[pl.ds(COTANGENT, 1)], first, k, group.real(group.read(dy, k), k))
+                put_rows(kept.at[INPUT], first, k, group.real(step * group.read(x, k), k))
+                put_rows(kept.at[STEP], first, k, group.step(step, k))
+                put_rows(kept.at[COTANGENT], first, k, group.real(group.read(dy, k), k))
                 return 0
 
             return unrolled(LINES, turn, 0)
 
         def ahead(i, _):
-            for first in range(0, here, TOGETHER):
-                local, states = pl.ds(first, TOGETHER), pl.ds(first_state + first, TOGETHER)
+            for first in range(0, here, together):
+                local, states = pl.ds(first, together), pl.ds(first_state + first, together)
                 rate = rates[states, tile]
 
                 def visit(t, h, local=local, states=states, rate=rate):
                     at, now = token(i * GROUPS, t), i * TOKENS + t
-                    u = jnp.exp2(kept[STEP, *at] * rate) * h
+                    u = jnp.exp2(kept[STEP, 0, *at] * rate) * h
                     decayed[local, now] = u
-                    h = u + kept[INPUT, *at] * weight(b, states, now)
-                    of_C[local, *at] += h * kept[COTANGENT, *at]
+                    h = u + kept[INPUT, 0, *at] * weight(b, states, now)
+                    of_C[local, *at] += h * kept[COTANGENT, 0, *at]
                     return h
 
                 state[local] = unrolled(TOKENS, visit, state[local])
             return 0
 
-        def back(j, other):
-            i = count - 1 - j
-            for first in range(0, here, TOGETHER):
-                local, states = pl.ds(first, TOGETHER), pl.ds(first_state + first, TOGETHER)
+        def back(j, written):
+            i = count - 1 - j  # and so is `written`, which the compiler does not know
+            for first in range(0, here, together):
+                local, states = pl.ds(first, together), pl.ds(first_state + first, together)
                 rate = rates[states, tile]
 
                 def load(t, first=first):
-                    of_now = token(i * GROUPS, TOKENS - 1 - t)
-                    own = tuple(kept[k, *of_now] for k in (INPUT, STEP, COTANGENT))
-                    if first > 0 or layout.state_groups > 1:
-                        sums = tuple(kept[k, *of_now] for k in (OF_INPUT, OF_STEP))
-                        if first == 0:
-                            sums = tuple(jnp.where(group_of_states > 0, a, 0) for a in sums)
-                    else:
-                        sums = ()
-                    return *own, sums
+                    at = token(i * GROUPS, TOKENS - 1 - t)
+                    sums = [kept[k, 0, *at] for k in (OF_INPUT, OF_STEP)]
+                    if first == 0:
+                        sums = [jnp.where(group_of_states > 0, a, 0) if layout.state_groups > 1 else 0 for a in sums]
+                    return *(kept[k, 0, *at] for k in (INPUT, STEP, COTANGENT)), *sums
 
-                def visit(t, loaded, gradients, local=local, states=states, rate=rate, first=first):
-                    t, (later, of_rate) = TOKENS - 1 - t, gradients
-                    inputs, step, cotangent, sums = loaded
-                    now, of_now = i * TOKENS + t, token(other * GROUPS, t)
+                def visit(t, loaded, gradients, local=local, states=states, rate=rate):
+                    t, (later, of_rate), (inputs, step, cotangent, of_input, of_step) = TOKENS - 1 - t, gradients, loaded
+                    at, now = token(i * GROUPS, t), i * TOKENS + t
                     g = later + weight(c, states, now) * cotangent
-                    of_B[local, *token(i * GROUPS, t)] += g * inputs
+                    of_B[local, *at] += g * inputs
                     of_decay = g * decayed[local, now]
-                    new = (g * weight(b, states, now)).sum(0), (of_decay * rate).sum(0)
-                    if sums:
-                        new = tuple(a+b for a, b in zip(new, sums))
-                    kept[OF_INPUT, *of_now], kept[OF_STEP, *of_now] = new
+                    at = token(written * GROUPS, t)
+                    kept[OF_INPUT, 0, *at] = of_input + (g * weight(b, states, now)).sum(0)
+                    kept[OF_STEP, 0, *at] = of_step + (of_decay * rate).sum(0)
                     return jnp.exp2(step * rate) * g, of_rate + of_decay * step
 
-                gradients = in_order(TOKENS, load, visit, (carry[states, tile], dA[states, tile]))
+                gradients = in_order(TOKENS, AHEAD, load, visit, (carry[states, tile], dA[states, tile]))
                 carry[states, tile], dA[states, tile] = gradients
-            return other - 1
+            return written - 1
 
         def write(i, _):
-            group, first = rows(i), i * (TOKENS // LINES)
+            group, first = rows(i), i * GROUPS
 
             def turn(k, _):
-                of_input, of_step = take_rows(kept.at[pl.ds(OF_INPUT, 1)], first, k), take_rows(kept.at[pl.ds(OF_STEP, 1)], first, k) * math.log(2)
+                of_input = take_rows(kept.at[OF_INPUT], first, k)
+                of_step = take_rows(kept.at[OF_STEP], first, k) * math.log(2)
                 of_y, of_x = group.real(group.read(dy, k), k), group.real(group.read(x, k), k)
                 group.write(dx, k, of_input * group.real(group.read(dt, k), k) + of_y * D[0:1, group.lanes(k)])
                 group.write(ddt, k, group.real(of_step, k) + of_input * of_x)
@@ -212,10 +200,10 @@ def _kernel(
         jax.lax.fori_loop(0, count, ahead, 0)
         jax.lax.fori_loop(0, count, back, count - 1)
 
-        @pl.when((layout.state_groups > 1) | (tile == tiles_of_part - 1))
+        @pl.when((layout.state_groups > 1) | (tile == tiles - 1))
         def _():
             for sums, out in ((of_C, dC), (of_B, dB)):
-                jax.lax.fori_loop(0, here, functools.partial(sum_up, sums, out, first_state), 0)
+                jax.lax.fori_loop(0, here, functools.partial(_sum_up, sums, out, first_state), 0)
 
         @pl.when(group_of_states == layout.state_groups - 1)
         def _():
@@ -223,11 +211,11 @@ def _kernel(
 
         return 0
 
-    jax.lax.fori_loop(0, tiles_of_part * layout.state_groups, of_some, 0)
+    jax.lax.fori_loop(0, tiles * layout.state_groups, of_some, 0)
 
 
-def sum_up(sums, out, first_state, n, _):
-    """Adds a register for each token up over its channels: a row of `out`. Leaves 0 behind."""
+def _sum_up(sums, out, first_state, n, _):
+    """Adds the registers of all tokens for the n-th state up over the channels, to a row of `out`. Leaves 0 behind."""
     # every eighth line is one of each token
     lines = (sums[n, :, pl.ds(line, LINES, stride=LINES), :] for line in range(LINES))
     by_token = functools.reduce(operator.add, lines).reshape(CHUNK, LANES)
