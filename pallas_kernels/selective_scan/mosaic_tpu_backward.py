@@ -143,10 +143,11 @@ def _kernel(
 
                 def visit(t, h, local=local, states=states, rate=rate):
                     at, now = token(i * GROUPS, t), i * TOKENS + t
-                    u = jnp.exp2(kept[STEP, 0, *at] * rate) * h
+                    inputs, step, cotangent = (kept[k, 0, *at][None] for k in (INPUT, STEP, COTANGENT))
+                    u = jnp.exp2(step * rate) * h
                     decayed[local, now] = u
-                    h = u + kept[INPUT, 0, *at] * weight(b, states, now)
-                    of_C[local, *at] += h * kept[COTANGENT, 0, *at]
+                    h = u + inputs * weight(b, states, now)
+                    of_C[local, *at] += h * cotangent
                     return h
 
                 state[local] = unrolled(TOKENS, visit, state[local])
@@ -163,7 +164,7 @@ def _kernel(
                     sums = [kept[k, 0, *at] for k in (OF_INPUT, OF_STEP)]
                     if first == 0:
                         sums = [jnp.where(group_of_states > 0, a, 0) if layout.state_groups > 1 else 0 for a in sums]
-                    return *(kept[k, 0, *at] for k in (INPUT, STEP, COTANGENT)), *sums
+                    return *(kept[k, 0, *at][None] for k in (INPUT, STEP, COTANGENT)), *sums
 
                 def visit(t, loaded, gradients, local=local, states=states, rate=rate):
                     t, (later, of_rate), (inputs, step, cotangent, of_input, of_step) = TOKENS - 1 - t, gradients, loaded

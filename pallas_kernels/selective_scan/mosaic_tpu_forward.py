@@ -18,7 +18,7 @@ from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
 )  # fmt: skip
 
 INPUT, STEP, OUTPUT = range(3)  # what is kept of two groups of tokens, by turns
-AHEAD = TOKENS // 2  # far enough to hide how long a token takes
+AHEAD = 6  # far enough to hide how long a token takes
 
 
 def forward(layout: Layout, x, dt, rates, B, C, D, marks, initial_state, save: bool):
@@ -108,7 +108,7 @@ def _kernel(
 
             def load(t):
                 at = token(half, t)
-                return kept[STEP, :, *at], kept[INPUT, :, *at], 0 if fresh else kept[OUTPUT, :, *at]
+                return kept[STEP, :, *at][None], kept[INPUT, :, *at][None], 0 if fresh else kept[OUTPUT, :, *at]
 
             def of_states(spread, t):
                 return weight(spread, states, t)[:, None]
