@@ -279,10 +279,9 @@ def test_one_token_is_a_direct_step():
     assert_close(run(*positional), expected, "float32")
 
 
-def test_default_follows_decay_length_and_device():
-    assert api.preferred("cpu", 4096, True) == ("loop_forward",)
-    assert api.preferred("cpu", 4096, False) == api.preferred("cpu", 1, True) == ("chunked",)
-    assert api.preferred("gpu", 4096, True)[-1] == api.preferred("tpu", 4096, True)[-1] == "chunked"
+def test_default_follows_the_device():
+    assert api.preferred("cpu") == ("chunked",)
+    assert api.preferred("gpu") == ("mosaic_gpu", "chunked") and api.preferred("tpu") == ("mosaic_tpu", "chunked")
 
 
 def test_the_choice_is_logged_once(caplog):
@@ -291,7 +290,7 @@ def test_the_choice_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         for _ in range(2):
             delta_rule(*[inputs[name] for name in NAMES])
-    assert [record.getMessage() for record in caplog.records] == ["delta_rule: using the 'loop_forward' implementation"]
+    assert [record.getMessage() for record in caplog.records] == ["delta_rule: using the 'chunked' implementation"]
 
 
 @pytest.mark.parametrize(
