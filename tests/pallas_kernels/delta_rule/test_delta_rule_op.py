@@ -71,11 +71,9 @@ fast_outputs_and_gradients = jax.jit(with_gradients, static_argnames="implementa
 @pytest.mark.parametrize(
     ("shape", "packed"),
     [
-        (Shape(B=2, T=200, H=3, K=4, V=6), True),
         (Shape(B=2, T=150, H=2, K=5, V=3, decay="vector"), True),
         (Shape(B=1, T=70, H=2, K=1, V=3, decay="vector"), False),
         (Shape(B=1, T=CHUNK + 1, H=2, K=4, V=3), False),  # a last chunk of one token
-        (Shape(B=3, T=1, H=2, K=4, V=6), True),
     ],
     ids=lambda x: f"T{x.T}-{x.decay}" if isinstance(x, Shape) else "packed" if x else "",
 )

@@ -64,10 +64,8 @@ fast_outputs_and_gradients = jax.jit(with_gradients, static_argnames="implementa
 @pytest.mark.parametrize(
     ("shape", "packed"),
     [
-        (SHAPES["ragged"], False),
         (Shape(B=2, T=200, H=3, K=4, V=6, decay="head"), True),
         (Shape(B=2, T=CHUNK + 1, H=3, K=4, V=6, decay="head"), False),  # a last chunk of one token
-        (Shape(B=3, T=1, H=2, K=4, V=6), True),
     ],
     ids=lambda x: f"T{x.T}-{x.decay}" if isinstance(x, Shape) else "packed" if x else "",
 )
