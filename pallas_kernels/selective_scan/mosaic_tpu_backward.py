@@ -6,12 +6,14 @@ With g_t the gradient of the state after token t, and u_t = exp(dt_t A) h_{t-1}:
     dx_t = dt_t sum_n (g_t B_t) + D dy_t           dA    = sum_t g_t u_t dt_t
     dB_t = sum_d g_t dt_t x_t                      dC_t  = sum_d h_t dy_t
 
-For 2,048 channels and 16 states at a time a chunk is gone through forward, which gives u of all its tokens and dC, and
-then backward. Sums over the lanes go to the lane of their state, over the lines of a register at the end of the chunk.
+For 1,024 channels and 16 states at a time a chunk is gone through forward, which gives u of all its tokens and the
+terms of dC, and then backward. The terms of dB and dC are added up over registers of channels, each in its place, and
+over the channels of a register at the end of the chunk.
 """
 
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
-    CHUNK, LANES, LINES, STATES, TILE, TOKENS, VMEM_LIMIT, Layout, Rows, buffer, put_rows, spread, take_rows, token,
-    unrolled, weight,
+    CHUNK, GROUPS, LANES, LINES, STATES, TILE, TOKENS, VMEM_LIMIT, Layout, Rows, in_order, put_rows, spread, take_rows,
+    token, unrolled, weight,
 )  # fmt: skip
+
+INPUT, STEP, COTANGENT, OF_INPUT, OF_STEP = range(5)  # what is kept of the tokens of a chunk
+AHEAD = 2  # with more, a v6e runs out of registers
 
 
 def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
@@ -34,7 +39,7 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
     of_parts = pl.BlockSpec((None, None, B.shape[1], CHUNK), lambda b, p, c: (b, p, 0, last - c))
     by_part = jax.ShapeDtypeStruct((batch, layout.parts, *B.shape[1:]), jnp.float32)
     by_state = jax.ShapeDtypeStruct(dstate.shape, jnp.float32)
-    some_states = min(layout.states, STATES)
+    some_states, of_chunk = min(layout.states, STATES), (CHUNK // LINES, LINES * LINES, LANES)
     return pl.pallas_call(
         functools.partial(_kernel, layout),
         grid=(batch, layout.parts, layout.chunks),
@@ -72,11 +77,11 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
             pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
             pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
             None if marks is None else pltpu.VMEM((1, CHUNK, LANES), jnp.float32),
-            *(pltpu.VMEM(buffer(layout, CHUNK), jnp.float32) for _ in range(5)),
-            pltpu.VMEM((some_states, CHUNK, layout.wide, LINES, LANES), jnp.float32),
-            *(pltpu.VMEM((CHUNK, LINES, LANES), jnp.float32) for _ in range(2)),
-            pltpu.VMEM((some_states // layout.together, CHUNK, LINES, LANES), jnp.float32),
-            pltpu.VMEM((some_states, layout.wide, LINES, LANES), jnp.float32),
+            pltpu.VMEM((5, 1, *of_chunk), jnp.float32),
+            pltpu.VMEM((some_states, *of_chunk), jnp.float32),
+            pltpu.VMEM((some_states, *of_chunk), jnp.float32) if layout.state_groups == 1 else None,
+            pltpu.VMEM((some_states, CHUNK, LINES, LANES), jnp.float32),
+            pltpu.VMEM((some_states, LINES, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
@@ -88,117 +93,105 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
 def _kernel(
     layout, x, dt, dy, rates, B, C, D, marks, saved, dstate,
     dx, ddt, dA, dB, dC, dD, carry,
-    b, c, mark, inputs, steps, cotangents, of_inputs, of_rates, decayed, of_B, of_C, sums, state,
+    b, c, mark, kept, of_C, of_B, decayed, state,
 ):  # fmt: skip
+    if of_B is None:
+        of_B = of_C  # which has been added up by then
+
+    def clear(n, _):
+        for sums in (of_B, of_C):
+            sums[n] = jnp.zeros(sums.shape[1:], jnp.float32)
+        return 0
+
     @pl.when(pl.program_id(2) == 0)
     def _():
         carry[...] = dstate[...]
         dA[...] = jnp.zeros_like(dA)
         dD[...] = jnp.zeros_like(dD)
+        jax.lax.fori_loop(0, of_B.shape[0], clear, 0)
 
     spread(B, b)
     spread(C, c)
     if marks is not None:
         spread(marks, mark)
-    of_B[...] = jnp.zeros_like(of_B)
-    of_C[...] = jnp.zeros_like(of_C)
+    dB[...] = jnp.zeros_like(dB)
+    dC[...] = jnp.zeros_like(dC)
+    tiles, here, together = layout.part // TILE, min(layout.states, STATES), layout.together(1)
     count = layout.token_groups(layout.chunks - 1 - pl.program_id(2))
-    lane = jax.lax.broadcasted_iota(jnp.int32, (LINES, LANES), 1)
 
     def of_some(n, _):
-        """Some registers of channels, and STATES states."""
+        """A register of channels, and STATES states."""
         tile, group_of_states = n // layout.state_groups, n % layout.state_groups
-        first_state, here = group_of_states * STATES, min(layout.states, STATES)
-        tiles = pl.ds(tile * layout.wide, layout.wide)
+        first_state = group_of_states * STATES
 
         def rows(i):
-            row, at = pl.multiple_of(i * TOKENS, TOKENS), pl.multiple_of(tile * TILE * layout.wide, TILE)
+            row, at = pl.multiple_of(i * TOKENS, TOKENS), pl.multiple_of(tile * TILE, TILE)
             return Rows(layout, row, at, None if mark is None else mark.at[0])
 
-        def bring(i):
-            group, first = rows(i), i * (TOKENS // LINES)
+        def bring(i, _):
+            group, first = rows(i), i * GROUPS
 
             def turn(k, _):
                 step = group.read(dt, k)
-                put_rows(inputs, first, k, group.real(step * group.read(x, k), k))
-                put_rows(steps, first, k, group.step(step, k))
-                put_rows(cotangents, first, k, group.real(group.read(dy, k), k))
+                put_rows(kept.at[INPUT], first, k, group.real(step * group.read(x, k), k))
+                put_rows(kept.at[STEP], first, k, group.step(step, k))
+                put_rows(kept.at[COTANGENT], first, k, group.real(group.read(dy, k), k))
                 return 0
 
-            unrolled(LINES * layout.wide, turn, 0)
-
-        def sum_up(group, t, values):
-            """The values `[together, wide, 8, 128]` added up over their lanes, from the lane of their state on."""
-            added = values.sum(1).sum(-1, keepdims=True)
-            out = jnp.broadcast_to(added[0], (LINES, LANES))
-            for q in range(1, layout.together):
-                out = jnp.where(lane >= first_state + group * layout.together + q, added[q], out)
-            sums[group, t] = out
-
-        def gather(total):
-            """Adds up what `sum_up` has left for each token, each in the lane of its state."""
-
-            def add(t, _):
-                out = sums[0, t]
-                for group in range(1, here // layout.together):
-                    out = jnp.where(lane >= first_state + group * layout.together, sums[group, t], out)
-                total[t] += jnp.where((lane >= first_state) & (lane < first_state + here), out, 0)
-                return 0
-
-            def some(i, _):
-                return unrolled(TOKENS, lambda t, _: add(i * TOKENS + t, 0), 0)
-
-            jax.lax.fori_loop(0, count, some, 0)
+            return unrolled(LINES, turn, 0)
 
         def ahead(i, _):
-            for first in range(0, here, layout.together):
-                local, states = pl.ds(first, layout.together), pl.ds(first_state + first, layout.together)
-                rate = rates[states, tiles]
+            for first in range(0, here, together):
+                local, states = pl.ds(first, together), pl.ds(first_state + first, together)
+                rate = rates[states, tile]
 
-                def visit(t, h, local=local, states=states, rate=rate, first=first):
-                    at, now = token(i * (TOKENS // LINES), t), i * TOKENS + t
-                    u = jnp.exp2(steps[at][None] * rate) * h
+                def visit(t, h, local=local, states=states, rate=rate):
+                    at, now = token(i * GROUPS, t), i * TOKENS + t
+                    inputs, step, cotangent = (kept[k, 0, *at][None] for k in (INPUT, STEP, COTANGENT))
+                    u = jnp.exp2(step * rate) * h
                     decayed[local, now] = u
-                    h = u + inputs[at][None] * weight(b, states, now)
-                    sum_up(first // layout.together, now, h * cotangents[at][None])
+                    h = u + inputs * weight(b, states, now)
+                    of_C[local, *at] += h * cotangent
                     return h
 
                 state[local] = unrolled(TOKENS, visit, state[local])
-            bring(jnp.minimum(i + 1, count - 1))
             return 0
 
-        def back(j, _):
-            i = count - 1 - j
-            for first in range(0, here, layout.together):
-                local, states = pl.ds(first, layout.together), pl.ds(first_state + first, layout.together)
-                rate = rates[states, tiles]
+        def back(j, written):
+            i = count - 1 - j  # and so is `written`, which the compiler does not know
+            for first in range(0, here, together):
+                local, states = pl.ds(first, together), pl.ds(first_state + first, together)
+                rate = rates[states, tile]
 
-                def visit(t, gradients, local=local, states=states, rate=rate, first=first):
+                def load(t, first=first):
+                    at = token(i * GROUPS, TOKENS - 1 - t)
+                    sums = [kept[k, 0, *at] for k in (OF_INPUT, OF_STEP)]
+                    if first == 0:
+                        sums = [jnp.where(group_of_states > 0, a, 0) if layout.state_groups > 1 else 0 for a in sums]
+                    return *(kept[k, 0, *at][None] for k in (INPUT, STEP, COTANGENT)), *sums
+
+                def visit(t, loaded, gradients, local=local, states=states, rate=rate):
                     t, (later, of_rate) = TOKENS - 1 - t, gradients
-                    at, now = token(i * (TOKENS // LINES), t), i * TOKENS + t
-                    step = steps[at][None]
-                    g = later + weight(c, states, now) * cotangents[at][None]
-                    sum_up(first // layout.together, now, g * inputs[at][None])
+                    inputs, step, cotangent, of_input, of_step = loaded
+                    at, now = token(i * GROUPS, t), i * TOKENS + t
+                    g = later + weight(c, states, now) * cotangent
+                    of_B[local, *at] += g * inputs
                     of_decay = g * decayed[local, now]
-                    of_input, of_step = (g * weight(b, states, now)).sum(0), (of_decay * rate).sum(0)
-                    if first > 0:
-                        of_input, of_step = of_input + of_inputs[at], of_step + of_rates[at]
-                    elif layout.state_groups > 1:
-                        kept = group_of_states > 0
-                        of_input += jnp.where(kept, of_inputs[at], 0)
-                        of_step += jnp.where(kept, of_rates[at], 0)
-                    of_inputs[at], of_rates[at] = of_input, of_step
+                    at = token(written * GROUPS, t)
+                    kept[OF_INPUT, 0, *at] = of_input + (g * weight(b, states, now)).sum(0)
+                    kept[OF_STEP, 0, *at] = of_step + (of_decay * rate).sum(0)
                     return jnp.exp2(step * rate) * g, of_rate + of_decay * step
 
-                gradients = unrolled(TOKENS, visit, (carry[states, tiles], dA[states, tiles]))
-                carry[states, tiles], dA[states, tiles] = gradients
-            return 0
+                gradients = in_order(TOKENS, AHEAD, load, visit, (carry[states, tile], dA[states, tile]))
+                carry[states, tile], dA[states, tile] = gradients
+            return written - 1
 
         def write(i, _):
-            group, first = rows(i), i * (TOKENS // LINES)
+            group, first = rows(i), i * GROUPS
 
             def turn(k, _):
-                of_input, of_step = take_rows(of_inputs, first, k), take_rows(of_rates, first, k) * math.log(2)
+                of_input = take_rows(kept.at[OF_INPUT], first, k)
+                of_step = take_rows(kept.at[OF_STEP], first, k) * math.log(2)
                 of_y, of_x = group.real(group.read(dy, k), k), group.real(group.read(x, k), k)
                 group.write(dx, k, of_input * group.real(group.read(dt, k), k) + of_y * D[0:1, group.lanes(k)])
                 group.write(ddt, k, group.real(of_step, k) + of_input * of_x)
@@ -206,14 +199,19 @@ def _kernel(
                 dD[:, group.lanes(k)] += skipped[:LINES] + skipped[LINES:]
                 return 0
 
-            return unrolled(LINES * layout.wide, turn, 0)
+            return unrolled(LINES, turn, 0)
 
-        state[...] = saved[pl.ds(first_state, here), tiles]
-        bring(0)
+        def sum_up(sums, out):
+            @pl.when((layout.state_groups > 1) | (tile == tiles - 1))
+            def _():
+                jax.lax.fori_loop(0, here, functools.partial(_sum_up, sums, out, first_state), 0)
+
+        state[...] = saved[pl.ds(first_state, here), tile]
+        jax.lax.fori_loop(0, count, bring, 0)
         jax.lax.fori_loop(0, count, ahead, 0)
-        gather(of_C)
-        jax.lax.fori_loop(0, count, back, 0)
-        gather(of_B)
+        sum_up(of_C, dC)
+        jax.lax.fori_loop(0, count, back, count - 1)
+        sum_up(of_B, dB)
 
         @pl.when(group_of_states == layout.state_groups - 1)
         def _():
@@ -221,6 +219,14 @@ def _kernel(
 
         return 0
 
-    jax.lax.fori_loop(0, layout.part // (TILE * layout.wide) * layout.state_groups, of_some, 0)
-    for total, out in ((of_B, dB), (of_C, dC)):
-        out[...] = total[...].sum(1).T[: out.shape[0]]
+    jax.lax.fori_loop(0, tiles * layout.state_groups, of_some, 0)
+
+
+def _sum_up(sums, out, first_state, n, _):
+    """Adds the registers of all tokens for the n-th state up over the channels, to a row of `out`. Leaves 0 behind."""
+    # every eighth line is one of each token
+    lines = (sums[n, :, pl.ds(line, LINES, stride=LINES), :] for line in range(LINES))
+    by_token = functools.reduce(operator.add, lines).reshape(CHUNK, LANES)
+    out[pl.ds(first_state + n, 1), :] += by_token.T.sum(0, keepdims=True)
+    sums[n] = jnp.zeros(sums.shape[1:], jnp.float32)
+    return 0

@@ -13,9 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
-    CHUNK, LANES, LINES, STATES, TILE, TOKENS, VMEM_LIMIT, Layout, Rows, buffer, put_rows, spread, take_rows, token,
-    unrolled, weight,
+    CHUNK, GROUPS, LANES, LINES, STATES, TILE, TOKENS, VMEM_LIMIT, Layout, Rows, in_order, put_rows, spread, take_rows,
+    token, unrolled, weight,
 )  # fmt: skip
+
+INPUT, STEP, OUTPUT = range(3)  # what is kept of two groups of tokens, by turns
+AHEAD = 6  # hides how long a token takes
 
 
 def forward(layout: Layout, x, dt, rates, B, C, D, marks, initial_state, save: bool):
@@ -54,7 +57,7 @@ def forward(layout: Layout, x, dt, rates, B, C, D, marks, initial_state, save: b
             pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
             pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
             None if marks is None else pltpu.VMEM((1, CHUNK, LANES), jnp.float32),
-            *(pltpu.VMEM(buffer(layout, TOKENS), jnp.float32) for _ in range(3)),
+            pltpu.VMEM((3, layout.wide, 2 * GROUPS, LINES * LINES, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
@@ -64,7 +67,7 @@ def forward(layout: Layout, x, dt, rates, B, C, D, marks, initial_state, save: b
 
 
 def _kernel(
-    layout, x, dt, rates, B, C, D, marks, initial_state, y, state, saved, b, c, mark, inputs, steps, outputs,
+    layout, x, dt, rates, B, C, D, marks, initial_state, y, state, saved, b, c, mark, kept,
 ):  # fmt: skip
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -84,55 +87,64 @@ def _kernel(
         return Rows(layout, row, at, None if mark is None else mark.at[0])
 
     def bring(n):
-        group = rows(n)
+        group, half = rows(n), n % 2 * GROUPS
 
         def turn(k, _):
             step = group.read(dt, k)
-            put_rows(inputs, 0, k, group.real(step * group.read(x, k), k))
-            put_rows(steps, 0, k, group.step(step, k))
+            put_rows(kept.at[INPUT], half, k, group.real(step * group.read(x, k), k))
+            put_rows(kept.at[STEP], half, k, group.step(step, k))
             return 0
 
         unrolled(LINES * layout.wide, turn, 0)
 
-    def visit(n, _):
-        group = rows(n)
+    def visit(n, written):
+        group, half = rows(n), n % 2 * GROUPS  # and so is `written`, which the compiler does not know
         tiles = pl.ds(n // groups * layout.wide, layout.wide)
 
         def scan(first, fresh):
-            """The recurrence of a few states, whose outputs are added up."""
-            states = pl.ds(first, layout.together)
+            """The recurrence of a few states, whose outputs are added up.
+
+            Nothing holds the compiler back when a loop's body begins: hence `written`, of the first states' outputs.
+            """
+            states = pl.ds(first, layout.together(layout.wide))
             rate = rates[states, tiles]
 
-            def step(t, h):
-                at, now = token(0, t), group.row + t
-                h = jnp.exp2(steps[at][None] * rate) * h + inputs[at][None] * weight(b, states, now)
-                out = (h * weight(c, states, now)).sum(0)
-                outputs[at] = out if fresh else outputs[at] + out
+            def load(t):
+                at = token(half, t)
+                return kept[STEP, :, *at][None], kept[INPUT, :, *at][None], 0 if fresh else kept[OUTPUT, :, *at]
+
+            def of_states(spread, t):
+                return weight(spread, states, t)[:, None]
+
+            def step(t, loaded, h):
+                now, (size, inputs, before) = group.row + t, loaded
+                h = jnp.exp2(size * rate) * h + inputs * of_states(b, now)
+                kept[OUTPUT, :, *token(written if fresh else half, t)] = before + (h * of_states(c, now)).sum(0)
                 return h
 
-            state[states, tiles] = unrolled(TOKENS, step, state[states, tiles])
+            state[states, tiles] = in_order(TOKENS, AHEAD, load, step, state[states, tiles])
 
         if layout.state_groups == 1:
-            for first in range(0, layout.states, layout.together):
+            for first in range(0, layout.states, layout.together(layout.wide)):
                 scan(first, first == 0)
         else:
-            outputs[...] = jnp.zeros_like(outputs)
+            kept[OUTPUT] = jnp.zeros(kept.shape[1:], jnp.float32)
 
             def some(i, _):
-                for first in range(0, STATES, layout.together):
+                for first in range(0, STATES, layout.together(layout.wide)):
                     scan(i * STATES + first, False)
                 return 0
 
             jax.lax.fori_loop(0, layout.state_groups, some, 0)
 
         def write(k, _):
-            out = take_rows(outputs, 0, k) + group.read(x, k) * D[0:1, group.lanes(k)]
+            out = take_rows(kept.at[OUTPUT], half, k) + group.read(x, k) * D[0:1, group.lanes(k)]
             group.write(y, k, group.real(out, k))
             return 0
 
         unrolled(LINES * layout.wide, write, 0)
         bring(jnp.minimum(n + 1, count - 1))
-        return 0
+        return GROUPS - written
 
     bring(0)
     jax.lax.fori_loop(0, count, visit, 0)

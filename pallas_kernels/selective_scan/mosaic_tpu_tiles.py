@@ -54,13 +54,12 @@ class Layout:
 
     @property
     def wide(self) -> int:
-        """Registers of channels that are taken together."""
+        """Registers of channels that the forward takes together."""
         return 2 if self.part % (2 * TILE) == 0 else 1
 
-    @property
-    def together(self) -> int:
-        """States that are taken together."""
-        return min(self.states, TOGETHER // self.wide)
+    def together(self, wide: int) -> int:
+        """States that are taken together, of so many registers of channels."""
+        return min(self.states, TOGETHER // wide)
 
     @property
     def state_groups(self) -> int:
@@ -93,6 +92,22 @@ def unrolled(count: int, body, carry):
         return jax.lax.fori_loop(0, count, body, carry)
     for i in range(count):
         carry = body(i, carry)
+    return carry
+
+
+def in_order(count: int, ahead: int, load, body, carry):
+    """carry = body(i, load(i), carry) for i = 0 .. count - 1, unrolled, where load(i) stands before body(i - ahead).
+
+    A v6e's compiler starts on tokens far ahead, more of them than it has registers for. It does not where the loads are
+    from what the body stores to at a place that it cannot tell from theirs, such as another of a loop's counters.
+    """
+    if devices.current().interpreted:
+        return jax.lax.fori_loop(0, count, lambda i, carry: body(i, load(i), carry), carry)
+    loaded = [load(i) for i in range(ahead)]
+    for i in range(count):
+        if i + ahead < count:
+            loaded.append(load(i + ahead))
+        carry = body(i, loaded[i], carry)
     return carry
 
 
@@ -139,30 +154,27 @@ class Rows:
         return step if self.mark is None else jnp.where(self.mark == START, FOREVER, step)
 
 
-# A buffer `[wide, groups, 64, 128]` holds 8 tokens x 1,024 channels in each of its groups: line 8 t + k is token t's
-# k-th 128 channels, so that 8 lines are a register of a token, and every eighth line one of 128 channels.
-
-
-def buffer(layout: Layout, tokens: int) -> tuple[int, ...]:
-    return layout.wide, tokens // LINES, LINES * LINES, LANES
+# What is kept of tokens lies in `[., tokens / 8, 64, 128]`, 8 tokens x 1,024 channels in each group: line 8 t + k is
+# token t's k-th 128 channels, so that 8 lines are a register of a token, and every eighth line one of 128 channels.
+GROUPS = TOKENS // LINES  # of tokens taken together
 
 
 def put_rows(buffer, group, k, value):
     """value `[TOKENS, 128]`: the k-th channels of the tokens of the groups from `group` on."""
-    for i in range(TOKENS // LINES):
+    for i in range(GROUPS):
         buffer[k // LINES, group + i, pl.ds(k % LINES, LINES, stride=LINES), :] = value[LINES * i : LINES * (i + 1)]
 
 
 def take_rows(buffer, group, k):
     lines = pl.ds(k % LINES, LINES, stride=LINES)
-    return jnp.concatenate([buffer[k // LINES, group + i, lines, :] for i in range(TOKENS // LINES)], axis=0)
+    return jnp.concatenate([buffer[k // LINES, group + i, lines, :] for i in range(GROUPS)], axis=0)
 
 
 def token(group, t):
-    """The index of the t-th of the tokens from a group on: of `[wide, 8, 128]`."""
-    return slice(None), group + t // LINES, pl.ds(t % LINES * LINES, LINES), slice(None)
+    """The last three indices of the t-th of the tokens from a group on: of `[8, 128]`."""
+    return group + t // LINES, pl.ds(t % LINES * LINES, LINES), slice(None)
 
 
 def weight(spread, states, t):
-    """The weights of some states for token t, `[states, 1, 1, 128]`."""
-    return spread[states, pl.ds(t, 1), :][:, None]
+    """The weights of some states for token t, `[states, 1, 128]`."""
+    return spread[states, pl.ds(t, 1), :]
