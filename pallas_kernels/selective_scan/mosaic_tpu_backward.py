@@ -78,12 +78,8 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
             pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
             None if marks is None else pltpu.VMEM((1, CHUNK, LANES), jnp.float32),
             pltpu.VMEM((5, 1, *of_chunk), jnp.float32),
-<<<<<<< HEAD
-            *(pltpu.VMEM((some_states, *of_chunk), jnp.float32) for _ in range(2)),
-=======
             pltpu.VMEM((some_states, *of_chunk), jnp.float32),
             pltpu.VMEM((some_states, *of_chunk), jnp.float32) if layout.state_groups == 1 else None,
->>>>>>> tpuspill
             pltpu.VMEM((some_states, CHUNK, LINES, LANES), jnp.float32),
             pltpu.VMEM((some_states, LINES, LANES), jnp.float32),
         ],
@@ -97,16 +93,11 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
 def _kernel(
     layout, x, dt, dy, rates, B, C, D, marks, saved, dstate,
     dx, ddt, dA, dB, dC, dD, carry,
-<<<<<<< HEAD
-    b, c, mark, kept, of_B, of_C, decayed, state,
-):  # fmt: skip
-=======
     b, c, mark, kept, of_C, of_B, decayed, state,
 ):  # fmt: skip
     if of_B is None:
         of_B = of_C  # which has been added up by then
 
->>>>>>> tpuspill
     def clear(n, _):
         for sums in (of_B, of_C):
             sums[n] = jnp.zeros(sums.shape[1:], jnp.float32)
@@ -180,12 +171,8 @@ def _kernel(
                     return *(kept[k, 0, *at][None] for k in (INPUT, STEP, COTANGENT)), *sums
 
                 def visit(t, loaded, gradients, local=local, states=states, rate=rate):
-<<<<<<< HEAD
-                    t, (later, of_rate), (inputs, step, cotangent, of_input, of_step) = TOKENS - 1 - t, gradients, loaded
-=======
                     t, (later, of_rate) = TOKENS - 1 - t, gradients
                     inputs, step, cotangent, of_input, of_step = loaded
->>>>>>> tpuspill
                     at, now = token(i * GROUPS, t), i * TOKENS + t
                     g = later + weight(c, states, now) * cotangent
                     of_B[local, *at] += g * inputs
@@ -214,17 +201,6 @@ def _kernel(
 
             return unrolled(LINES, turn, 0)
 
-<<<<<<< HEAD
-        state[...] = saved[pl.ds(first_state, here), tile]
-        jax.lax.fori_loop(0, count, bring, 0)
-        jax.lax.fori_loop(0, count, ahead, 0)
-        jax.lax.fori_loop(0, count, back, count - 1)
-
-        @pl.when((layout.state_groups > 1) | (tile == tiles - 1))
-        def _():
-            for sums, out in ((of_C, dC), (of_B, dB)):
-                jax.lax.fori_loop(0, here, functools.partial(_sum_up, sums, out, first_state), 0)
-=======
         def sum_up(sums, out):
             @pl.when((layout.state_groups > 1) | (tile == tiles - 1))
             def _():
@@ -236,7 +212,6 @@ def _kernel(
         sum_up(of_C, dC)
         jax.lax.fori_loop(0, count, back, count - 1)
         sum_up(of_B, dB)
->>>>>>> tpuspill
 
         @pl.when(group_of_states == layout.state_groups - 1)
         def _():

@@ -18,11 +18,7 @@ from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
 )  # fmt: skip
 
 INPUT, STEP, OUTPUT = range(3)  # what is kept of two groups of tokens, by turns
-<<<<<<< HEAD
-AHEAD = 6  # far enough to hide how long a token takes
-=======
 AHEAD = 6  # hides how long a token takes
->>>>>>> tpuspill
 
 
 def forward(layout: Layout, x, dt, rates, B, C, D, marks, initial_state, save: bool):
@@ -102,13 +98,6 @@ def _kernel(
         unrolled(LINES * layout.wide, turn, 0)
 
     def visit(n, written):
-<<<<<<< HEAD
-        group, half = rows(n), n % 2 * GROUPS
-        tiles = pl.ds(n // groups * layout.wide, layout.wide)
-
-        def scan(first, fresh):
-            """The recurrence of a few states, whose outputs are added up."""
-=======
         group, half = rows(n), n % 2 * GROUPS  # and so is `written`, which the compiler does not know
         tiles = pl.ds(n // groups * layout.wide, layout.wide)
 
@@ -117,7 +106,6 @@ def _kernel(
 
             Nothing holds the compiler back when a loop's body begins: hence `written`, of the first states' outputs.
             """
->>>>>>> tpuspill
             states = pl.ds(first, layout.together(layout.wide))
             rate = rates[states, tiles]
 
