@@ -57,6 +57,10 @@ def main() -> None:
             if name not in MODELS:
                 raise ValueError(targets.nearest("mixer", name, MODELS))
         chosen = [targets.find(name) for name in TARGET.value]
+        if not chosen:
+            raise ValueError("--target=: expected one or more of " + ", ".join(targets.TARGETS))
+        if JSON.value and not Path(JSON.value).parent.is_dir():
+            raise ValueError(f"--json={JSON.value}: its folder does not exist; make it first")
         for target in chosen:
             targets.check_compilers(target)
     except (ValueError, targets.MissingCompiler) as error:

@@ -45,6 +45,8 @@ def call(
 
     def run(*arguments: Any) -> Any:
         def why_not(name: str) -> str | None:
+            if name.startswith("mosaic_") and jax.config.jax_enable_x64:
+                return "has kernels for JAX's 32-bit mode alone, and jax_enable_x64 is set"
             supports = getattr(implementations[name], "supports", None)
             return None if supports is None else supports(*arguments)
 
@@ -91,6 +93,15 @@ def recording_defaults() -> Iterator[list[tuple[str, str]]]:
 @functools.cache
 def _log_once(op: str, name: str) -> None:
     logger.info("%s: using the %r implementation", op, name)
+
+
+def check_dtypes(floats: Mapping[str, Any], segment_ids: Any) -> None:
+    """Raises: ValueError for an array among `floats` (arrays by name, or None) that is no float, or ids that are no integers."""
+    for name, array in floats.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} of dtype {array.dtype}: expected a float dtype; cast it")
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids of dtype {segment_ids.dtype}: expected int32; cast them")
 
 
 def compute_dtype(arguments: Mapping[str, Any]) -> Any:

@@ -64,8 +64,9 @@ def attention(
         queries are the same tokens) they are read as in `pallas_kernels.segments`: 0 is padding, and an id that
         comes back after another one is a new document, so 1, 2, 1 are three documents.
     kv_segment_ids: ids of the keys (a cache and what follows it), 0 for an empty slot. Then ids are compared as
-        they are: equal ids other than 0 are one document, wherever they stand. Needs `segment_ids` too.
-    q_positions, kv_positions: int32; None counts the keys 0 .. S - 1 and takes the queries for the last T of them.
+        they are: equal ids other than 0 are one document, wherever they stand (any int32 but -2**31, which the kernels
+        keep for themselves). Needs `segment_ids` too.
+    q_positions, kv_positions: int32 between -2**30 and 2**30; None counts the keys 0 .. S - 1 and takes the queries for the last T of them.
     block_mask: bool, of M = ceil(T / block_size[0]) blocks of queries by N = ceil(S / block_size[1]) blocks of keys:
         which blocks see which, beside all else. Tiles in other blocks are not visited.
     return_logsumexp: whether the logarithm of each softmax's sum, float32 `[B, T, H]`, is returned after o: -inf where

@@ -45,6 +45,13 @@ def of_warpgroup(scratch: Any, warpgroup: Any) -> Any:
     return None if scratch is None else scratch.at[warpgroup]
 
 
+def both_of(axis: str, parts: int) -> tuple[jax.Array, jax.Array]:
+    """The place on two axes of a grid that are one, the second with `parts` places: for kernels that go over chunks of
+    tokens, since CUDA allows 65,535 blocks on all axes but the last two together."""
+    place = lax.axis_index(axis)
+    return lax.div(place, jnp.int32(parts)), lax.rem(place, jnp.int32(parts))
+
+
 def nought(step: jax.Array) -> jax.Array:
     """0, for a step of a loop that is not below 0, though the compiler does not know.
 

@@ -132,13 +132,14 @@ def _heads_as_documents(options, q, k, v, index):
 
     Which head a key belongs to is part of the number of its document, so that a query sees those of its own head.
     Every query is compared with the keys of all heads: for few queries that costs less than a copy of the keys.
-    (Numbers wrap around: documents that differ by a multiple of 2**32 / G would be one.)
     """
     heads, kv_heads = q.shape[2], k.shape[2]
 
     def numbered(documents, head):
-        numbers = documents[..., None] * kv_heads + head[None, None]
-        return jnp.where(documents[..., None] != 0, numbers, 0).reshape(documents.shape[0], -1)
+        """Documents are numbered by the first query in them, so that no number overflows; 0: padding, or no query's."""
+        same = (documents[:, :, None] == index.documents[:, None, :]) & (documents != 0)[:, :, None]
+        number = jnp.where(jnp.any(same, axis=2), 1 + jnp.argmax(same, axis=2).astype(jnp.int32), 0)[..., None]
+        return jnp.where(number != 0, number * kv_heads + head[None, None], 0).reshape(documents.shape[0], -1)
 
     index = tiles.Index(
         numbered(index.documents, jnp.arange(heads, dtype=jnp.int32) // (heads // kv_heads)),

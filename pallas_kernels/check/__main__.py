@@ -69,6 +69,8 @@ def main(argv: list[str]) -> None:
         for target in chosen:
             targets.check_compilers(target)
         rows = {target.name: select_rows(target) for target in chosen}
+        if not RIVALS.value and not any(rows.values()):
+            raise ValueError("--ops and --shapes: none of the ops has one of the shapes")
     except (ValueError, targets.MissingCompiler) as error:
         fail(str(error))
     if RIVALS.value:

@@ -39,14 +39,17 @@ def delta_rule(
     segment_ids: int32 `[B, T]`, see `pallas_kernels.segments`. Padding (0) leaves the state as it is and its output
         is 0; at a document boundary the state is forgotten; the first document continues `initial_state`.
     implementation: "reference" (token by token), "chunked" (matrix products over chunks of tokens), "loop_forward"
-        (token by token, and chunked where a gradient is asked for), or None: the fastest known.
+        (token by token, and chunked where a gradient is asked for), "mosaic_gpu" (kernels for Hopper: bfloat16 and
+        float16, K and V multiples of 64 up to 256 and 512), "mosaic_tpu" (kernels: bfloat16 and float32), or None: the fastest
+        known that supports the call.
 
     Returns o `[B, T, H, V]` in v's dtype and the last S `[B, H, K, V]` in float32 (float64 for float64 inputs).
     Differentiable (reverse mode) in q, k, v, a, b, log_decay and initial_state, given cotangents of both outputs.
     The state stays bounded only if the eigenvalues of diag(exp(g)) + b a^T do not exceed 1 in size: for a unit key,
     beta between 0 and 2.
 
-    Raises ValueError for shapes or dtypes that do not fit together and for an implementation that is not known.
+    Raises ValueError for shapes or dtypes that do not fit together and for an implementation that is not known
+    or does not support the call.
 
     Sources: arXiv 2406.06484 (DeltaNet, section 3), 2412.06464 (Gated DeltaNet), 2503.14456 (RWKV-7).
     """
@@ -100,8 +103,7 @@ def _check(q, k, v, a, b, log_decay, initial_state, segment_ids):
                 f"log_decay of shape {log_decay.shape} with q of shape {q.shape}: expected {list(q.shape[:3])} "
                 f"(one for each token and head), {list(q.shape)} (one for each key channel) or None"
             )
-        if not jnp.issubdtype(log_decay.dtype, jnp.floating):
-            raise ValueError(f"log_decay of dtype {log_decay.dtype}: expected a float dtype; cast it")
+    dispatch.check_dtypes({"log_decay": log_decay, "initial_state": initial_state}, segment_ids)
     expected = (batch, heads, width, v.shape[-1])
     if initial_state is not None and initial_state.shape != expected:
         raise ValueError(f"initial_state of shape {initial_state.shape}: expected [B, H, K, V] = {list(expected)}")

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import devices
-from pallas_kernels.attention.mosaic_gpu_products import matrix, zeros
+from pallas_kernels.attention.mosaic_gpu_products import both_of, matrix, zeros
 from pallas_kernels.delta_rule.mosaic_gpu_split import CHUNK, PANEL, SWIZZLE, total, transposed
 
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -44,16 +44,17 @@ def outputs(
     run = plgpu.kernel(
         delta_rule_outputs,
         out_type=jax.ShapeDtypeStruct(v.shape, v.dtype),
-        grid=(batch, count, heads, v.shape[3] // PANEL),  # slices that share `read` follow one another
-        grid_names=("row", "chunk", "head", "slice"),
+        grid=(batch, count, heads * (v.shape[3] // PANEL)),  # slices that share `read` follow one another
+        grid_names=("row", "chunk", "head and slice"),
         compiler_params=COMPILER,
     )
     return run(read, own, before, v)
 
 
 def _outputs_block(read, own, before, v, o, *, read_tile, own_tile, state_tile, v_tile, here):
-    row, chunk, head = (lax.axis_index(name) for name in ("row", "chunk", "head"))
-    lines, columns = pl.ds(chunk * CHUNK, CHUNK), pl.ds(lax.axis_index("slice") * PANEL, PANEL)
+    row, chunk = (lax.axis_index(name) for name in ("row", "chunk"))
+    head, slice = both_of("head and slice", v.shape[3] // PANEL)
+    lines, columns = pl.ds(chunk * CHUNK, CHUNK), pl.ds(slice * PANEL, PANEL)
     panels = read.shape[3] // PANEL
     for n in range(panels):
         channels = pl.ds(n * PANEL, PANEL)
@@ -91,8 +92,8 @@ def _backward(kept, d_o):
     run = plgpu.kernel(
         delta_rule_outputs_backward,
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept],
-        grid=(*before.shape[:3], read.shape[3] // PANEL + 1),
-        grid_names=("row", "chunk", "head", "part"),
+        grid=(*before.shape[:2], before.shape[2] * (read.shape[3] // PANEL + 1)),
+        grid_names=("row", "chunk", "head and part"),
         compiler_params=COMPILER,
     )
     return tuple(run(*kept, d_o))
@@ -101,7 +102,8 @@ def _backward(kept, d_o):
 def _backward_block(
     read, own, before, v, d_o, d_read, d_own, d_before, d_v, *, left, right, d_o_tile, left_here, here
 ):  # fmt: skip
-    row, chunk, head, part = (lax.axis_index(name) for name in ("row", "chunk", "head", "part"))
+    row, chunk = (lax.axis_index(name) for name in ("row", "chunk"))
+    head, part = both_of("head and part", read.shape[3] // PANEL + 1)
     lines = pl.ds(chunk * CHUNK, CHUNK)
 
     def factors(of_left, of_right, d_left, d_right):

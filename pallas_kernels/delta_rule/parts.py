@@ -17,9 +17,9 @@ def in_parts(run: Callable, count: int, q, k, v, a, b, log_decay, initial_state,
     batch, length, heads, values = v.shape
     width = q.shape[-1]
     state = first_state(q, v, initial_state)
-    ids = goes_on = through = None
+    ids = goes_on = None
     if segment_ids is not None:
-        ids, goes_on, through = parts.cut_documents(segment_ids, count)
+        ids, goes_on, _ = parts.cut_documents(segment_ids, count)
     q, k, v, a, b = (parts.cut(x, count) for x in (q, k, v, a, b))
     log_decay = None if log_decay is None else parts.cut(log_decay, count)
 
@@ -29,8 +29,8 @@ def in_parts(run: Callable, count: int, q, k, v, a, b, log_decay, initial_state,
     one = jnp.concatenate([jnp.zeros((rows, heads, width, values), state.dtype), one], axis=-1)
     _, after = run(q, k, beside, a, b, log_decay, one, ids, scale)
     written, transition = after[..., :values], after[..., values:]
-    if goes_on is not None:
-        transition = jnp.where((goes_on & through)[:, None, None, None], transition, jnp.zeros((), state.dtype))
+    if goes_on is not None:  # a boundary inside of a part has forgotten the identity by itself
+        transition = jnp.where(goes_on[:, None, None, None], transition, jnp.zeros((), state.dtype))
     apart = (batch, count, heads, width)
     before, last = parts.states_before(transition.reshape(*apart, width), written.reshape(*apart, values), state)
     before = before.reshape(rows, heads, width, values)

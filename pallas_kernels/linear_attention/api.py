@@ -39,12 +39,15 @@ def linear_attention(
         its output is 0; at a document boundary the state is forgotten; the first document continues
         `initial_state`.
     implementation: "reference" (token by token), "chunked" (matrix products over chunks of tokens),
-        "loop_forward" (token by token, and chunked where a gradient is asked for), or None: the fastest known.
+        "loop_forward" (token by token, and chunked where a gradient is asked for), "mosaic_gpu" (kernels for Hopper:
+        bfloat16 and float16, K of 64, 128, 192 or 256, V a multiple of 64), "mosaic_tpu" (kernels: bfloat16 and float32), or
+        None: the fastest known that supports the call.
 
     Returns o `[B, T, H, V]` in v's dtype and the last S `[B, H, K, V]` in float32 (float64 for float64 inputs).
     Differentiable (reverse mode) in q, k, v, log_decay, bonus and initial_state, given cotangents of both outputs.
 
-    Raises ValueError for shapes or dtypes that do not fit together and for an implementation that is not known.
+    Raises ValueError for shapes or dtypes that do not fit together and for an implementation that is not known
+    or does not support the call.
 
     Sources: RetNet, arXiv 2307.08621, equations 5 to 7; Mamba-2, arXiv 2405.21060; gated linear attention, arXiv
     2312.06635, equation 3; RWKV-6 (bonus), arXiv 2404.05892, equation 19.
@@ -96,6 +99,8 @@ def _check(q, k, v, log_decay, bonus, initial_state, segment_ids):
     heads = v.shape[2]
     if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}: expected one float dtype; cast them")
+    floats = {"log_decay": log_decay, "bonus": bonus, "initial_state": initial_state}
+    dispatch.check_dtypes(floats, segment_ids)
     decays = {(batch, length, heads, width): "channel", (batch, length, heads): "token", (heads,): "head"}
     if log_decay is not None and log_decay.shape not in decays:
         known = ", ".join(f"{list(shape)} (one for each {what})" for shape, what in decays.items())

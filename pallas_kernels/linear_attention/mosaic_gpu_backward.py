@@ -94,8 +94,8 @@ def gradients(scale: float, q, k, v, tables: Tables, before, after, do) -> tuple
             jax.ShapeDtypeStruct((batch, heads, 4, count, CHUNK), jnp.float32),
             jax.ShapeDtypeStruct((batch, count, heads, width), jnp.float32),
         ],
-        grid=(batch, count, groups, parts),
-        grid_names=("row", "chunk", "kv_head", "part"),
+        grid=(batch, count, groups * parts),
+        grid_names=("row", "chunk", "kv_head and part"),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=COMPILER,
@@ -118,9 +118,8 @@ def _block(
     plan, scale, first, q, k, v, tokens, before, after, do, dq, dk, dv, d_tokens, d_total, *, q_tile, k_tile, tiles,
     result, square, lines, own_here, here, free, done,
 ):  # fmt: skip
-    row, chunk, kv_head, part, warpgroup = (
-        lax.axis_index(name) for name in ("row", "chunk", "kv_head", "part", "warpgroup")
-    )
+    row, chunk, warpgroup = (lax.axis_index(name) for name in ("row", "chunk", "warpgroup"))
+    kv_head, part = products.both_of("kv_head and part", plan.group // plan.heads)
     own = pl.ds(chunk * CHUNK, CHUNK)
     width, slices = q.shape[3], v.shape[3] // plan.slice
     nought = first[0]

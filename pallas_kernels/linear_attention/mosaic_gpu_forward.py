@@ -85,8 +85,8 @@ def outputs(scale: float, q, k, v, tables: Tables, before: jax.Array) -> jax.Arr
     run = plgpu.kernel(
         linear_attention_outputs,
         out_type=jax.ShapeDtypeStruct(v.shape, dtype),
-        grid=(batch, count, groups, items.parts),
-        grid_names=("row", "chunk", "kv_head", "part"),
+        grid=(batch, count, groups * items.parts),
+        grid_names=("row", "chunk", "kv_head and part"),
         compiler_params=COMPILER,
     )
     return run(q, k, v, tables.tokens, before)
@@ -96,7 +96,8 @@ def _block(
     scale, items, q, k, v, tokens, before, o, *, q_tile, k_tile, state_tiles, v_tiles, token_tiles, result, weights,
     own_here, here,
 ):  # fmt: skip
-    row, chunk, kv_head, part = (lax.axis_index(name) for name in ("row", "chunk", "kv_head", "part"))
+    row, chunk = (lax.axis_index(name) for name in ("row", "chunk"))
+    kv_head, part = products.both_of("kv_head and part", items.parts)
     lines = pl.ds(chunk * CHUNK, CHUNK)
 
     def fetch(step):

@@ -60,6 +60,7 @@ def selective_scan(
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name}: shape {array.shape}; expected {shape} beside x {x.shape} and A {A.shape}")
+    dispatch.check_dtypes({}, segment_ids)
     dispatch.compute_dtype({"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state})
     call = x, dt, A, B, C, D, initial_state, segment_ids
     candidates = PREFERRED.get(devices.current().platform, ("chunked",))

@@ -5,9 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pallas_kernels
 import pytest
-from pallas_kernels import devices, parts
+from pallas_kernels import parts
 from pallas_kernels.delta_rule import chunked as delta_rule_chunked
 from pallas_kernels.delta_rule import conformance as delta_rule
 from pallas_kernels.delta_rule import mosaic_gpu as delta_rule_gpu
@@ -102,18 +101,23 @@ def test_how_many_parts(chains, length, expected):
 
 @pytest.mark.parametrize("op", ["linear_attention", "delta_rule"])
 def test_kernels_of_a_gpu_are_given_parts(op, monkeypatch):
-    """A row of 8,192 tokens and a single head: every kernel call has four rows; one of many heads is not cut."""
-    module = {"linear_attention": linear_attention_gpu, "delta_rule": delta_rule_gpu}[op]
-    seen = []
-    for heads, rows in ((1, [4] if op == "linear_attention" else [4, 4]), (80, [1])):
-        seen.clear()
-        monkeypatch.setattr(module, "_run", lambda *call: (seen.append(call[0].shape[0]), _zeros(*call))[1])
-        x = jax.ShapeDtypeStruct((1, 8192, heads, 64), jnp.bfloat16)
-        call = (x,) * (3 if op == "linear_attention" else 5)
-        with devices.interpreting("gpu"):
-            jax.eval_shape(lambda *call: getattr(pallas_kernels, op)(*call, implementation="mosaic_gpu"), *call)
-        assert seen == rows
+    """The chunked form in the kernels' place: it gets short rows, and together they give what the long one does."""
+    module, suite, chunked = {
+        "linear_attention": (linear_attention_gpu, linear_attention, linear_attention_chunked),
+        "delta_rule": (delta_rule_gpu, delta_rule, delta_rule_chunked),
+    }[op]
+    lengths = []
 
+    def run(*call):
+        lengths.append(call[0].shape[1])
+        return chunked.run(*call)
 
-def _zeros(q, k, v, *_):
-    return jnp.zeros_like(v), jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), jnp.float32)
+    monkeypatch.setattr(parts, "LEAST", 32)
+    monkeypatch.setattr(module, "_run", run)
+    shape = suite.CASES["packed"].shape._replace(B=2, T=128, H=2, K=4, V=6)
+    inputs, ids = suite.inputs(suite.Case(shape=shape, packed=True))
+    values = {**{name: jnp.asarray(a, jnp.float32) for name, a in inputs.items()}, "ids": jnp.asarray(ids), "scale": 0.3}
+    call = [values.get(name) for name in ARGUMENTS[op]]
+    found, expected = jax.jit(lambda: module.run(*call))(), jax.jit(lambda: chunked.run(*call))()
+    assert set(lengths) == {32}
+    assert_close(found, expected, "float32")

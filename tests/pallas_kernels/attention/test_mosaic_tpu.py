@@ -100,3 +100,16 @@ def test_says_what_it_does_not_support(reason, change):
     with pytest.raises(ValueError, match="needs a TPU"):
         attention(q, k, v, implementation="mosaic_tpu", **blocks)
     jax.eval_shape(functools.partial(attention, **blocks), q, k, v)  # by default another one is taken
+
+
+@pytest.mark.parametrize("document", [2**29, -(2**28), 2**31 - 1])
+def test_decoding_takes_any_number_of_a_document(document):
+    """The heads are told apart by such numbers."""
+    q, k, v = arrays(Shape(T=2, S=256, H=8, G=8, K=128, causal=False))
+    kv_ids = jnp.where(jnp.arange(256) < 100, document, jnp.where(jnp.arange(256) < 200, 3, 0))[None]
+    ids = jnp.asarray([[document, 3]], jnp.int32)
+    options = {"segment_ids": ids, "kv_segment_ids": kv_ids.astype(jnp.int32), "causal": False}
+    expected = attention(q, k, v, implementation="reference", **options)
+    with devices.interpreting("tpu"):
+        found = jax.jit(lambda q, k, v: attention(q, k, v, implementation="mosaic_tpu", **options))(q, k, v)
+    assert_close(found, expected, "float32")

@@ -1,0 +1,49 @@
+"""Limits that are not the kernels' own: of CUDA's grids, of JAX's 64-bit mode."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pallas_kernels
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from pallas_kernels import devices, dispatch
+
+
+def call(op, dtype=jnp.bfloat16, batch=4, length=256, heads=4):
+    """Of the public function, on shapes."""
+    x = jax.ShapeDtypeStruct((batch, length, heads, 64), dtype)
+    arguments = (x,) * {"attention": 3, "linear_attention": 3, "delta_rule": 5}[op]
+    gates = jax.ShapeDtypeStruct((batch, length, heads), jnp.float32)
+    arguments += () if op == "attention" else (gates,)
+    return getattr(pallas_kernels, op), arguments
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule"])
+def test_a_million_tokens_of_several_rows_fit_the_grids(op, monkeypatch):
+    """Blocks lie along three axes: the last two of a grid, and all others together, which have 65,535 places at most."""
+    grids = []
+    kernel = plgpu.kernel
+    monkeypatch.setattr(plgpu, "kernel", lambda *a, grid, **rest: grids.append(grid) or kernel(*a, grid=grid, **rest))
+    function, arguments = call(op, length=2**20)
+
+    def loss(*arguments):
+        o, state = function(*arguments)
+        return o.astype(jnp.float32).sum() + state.sum()
+
+    with devices.interpreting("gpu"):
+        jax.eval_shape(jax.grad(loss, tuple(range(len(arguments)))), *arguments)
+    assert len(grids) >= 4
+    for grid in grids:
+        assert math.prod(grid[:-2]) <= 65_535 and (len(grid) < 2 or grid[-2] <= 65_535), grid
+
+
+@pytest.mark.parametrize("op", ["attention", "linear_attention", "delta_rule"])
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_in_64_bit_mode_plain_jax_is_taken(op, platform):
+    with jax.enable_x64(True), devices.interpreting(platform), dispatch.recording_defaults() as chosen:
+        function, arguments = call(op)
+        jax.eval_shape(function, *arguments)
+        with pytest.raises(ValueError, match="32-bit mode"):
+            jax.eval_shape(lambda *a: function(*a, implementation=f"mosaic_{platform}"), *arguments)
+    assert [name for _, name in chosen] in (["chunked"], ["cudnn"])
