@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.mosaic_tpu_rules import LANES, LOG2_E, VMEM_LIMIT, across_lanes, row_of, spread
+from pallas_kernels.attention.mosaic_tpu_rules import LANES, VMEM_LIMIT, across_lanes, row_of, spread
 from pallas_kernels.attention.mosaic_tpu_stream import Stream
 
 

@@ -7,7 +7,6 @@ In the coordinates of the chunk's middle it is linear attention without decay,
 so that products of whole chunks do everything, forward and backward.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
