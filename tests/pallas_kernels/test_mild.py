@@ -38,14 +38,14 @@ def make(form):
     return *jax.tree.map(np.float32, (inputs, cotangents)), ids
 
 
-def outputs_and_gradients(form, implementation, inputs, cotangents, ids):
+def outputs_and_gradients(form, implementation, inputs, cotangents, ids, compiler_options=None):
     op = delta_rule if form == "delta" else linear_attention
 
     def both(inputs, cotangents, ids):
         outputs, pull = jax.vjp(lambda x: op(**x, segment_ids=ids, implementation=implementation), inputs)
         return outputs, pull(cotangents)[0]
 
-    return jax.device_get(jax.jit(both, compiler_options=OPTIMIZED)(inputs, cotangents, ids))
+    return jax.device_get(jax.jit(both, compiler_options=compiler_options)(inputs, cotangents, ids))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
@@ -60,7 +60,7 @@ def test_at_the_limit_it_is_the_token_loop_in_float64(form, packed, monkeypatch)
     with monkeypatch.context() as patch:  # so that every chunk is taken by the form for mild decays, or the test fails
         patch.setattr(chunked, "_any_chunk", never)
         patch.setattr(vector_decay, "_any_chunk", never)
-        outputs, gradients = outputs_and_gradients(form, "chunked", inputs, cotangents, ids)
+        outputs, gradients = outputs_and_gradients(form, "chunked", inputs, cotangents, ids, OPTIMIZED)
     with jax.enable_x64(True):
         exact = jax.tree.map(np.float64, (inputs, cotangents))
         expected, expected_gradients = outputs_and_gradients(form, "reference", *exact, ids)

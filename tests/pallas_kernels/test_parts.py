@@ -57,8 +57,6 @@ SMALL = linear_attention.CASES["ragged"].shape._replace(B=2, T=128, H=2, K=4, V=
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"packed": True},
         {"packed": True, "decay": "channel", "bonus": True},
         {"packed": True, "decay": "head", "fresh": True},
         {"decay": "none"},
@@ -76,8 +74,7 @@ def test_linear_attention(options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("decay", "packed"), [("none", True), ("scalar", False), ("vector", True)])
 def test_delta_rule(decay, packed):
     shape = delta_rule.CASES["ragged"].shape._replace(B=2, T=128, H=2, K=4, V=6, decay=decay)
     compare("delta_rule", delta_rule, delta_rule_in_parts, delta_rule_chunked, shape, packed=packed, fresh=not packed)

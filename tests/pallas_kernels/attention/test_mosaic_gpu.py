@@ -20,10 +20,9 @@ class TestMosaicGPU(AttentionSuite):
     def device(self):
         return devices.interpreting("gpu", detect_races=True)
 
-    @pytest.mark.parametrize("name", ["ragged, grouped", "decode"])
-    def test_conforms_in_float16(self, name):
+    def test_conforms_in_float16(self):
         with self.device():
-            assert_conforms(conformance.CASES[name], "mosaic_gpu", jnp.float16, twice=False)
+            assert_conforms(conformance.CASES["ragged, grouped"], "mosaic_gpu", jnp.float16, twice=False)
 
     def test_tiles_that_are_not_listed_are_never_read(self):
         """The second of three tiles is padding: NaN in it is as good as zeros, backward too."""
