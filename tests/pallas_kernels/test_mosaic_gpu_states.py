@@ -55,9 +55,12 @@ def test_states_and_gradients(shape, reads, scalar, chunk):
     expected, pullback = jax.vjp(lambda *a: loop(*a, chunk=chunk), *arrays)
     expected_gradients = pullback((cotangents[0].astype(jnp.float32), cotangents[1]))
     assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32]
-    as_float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
-    assert_close(as_float32(found), as_float32(expected), "bfloat16")
-    assert_close(as_float32(gradients), as_float32(expected_gradients), "bfloat16 gradient")
+
+    def exact(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    assert_close(exact(found), exact(expected), "bfloat16")
+    assert_close(exact(gradients), exact(expected_gradients), "bfloat16 gradient")
 
 
 def test_says_what_it_does_not_support():
