@@ -1,5 +1,6 @@
 """The Hopper kernels on a simulated GPU, where every read takes milliseconds: few tokens, mostly in tiles of 8."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -105,15 +106,11 @@ def test_parts_fill_the_chip_and_are_not_too_short():
     [
         (16, jnp.float32, None, "needs a Hopper or Blackwell GPU"),
         (144, jnp.float32, "gpu", "up to 128 states of a channel, and these are 144"),
-        (16, jnp.float64, "gpu", "float64"),
+        (16, jnp.float64, "gpu", "32-bit mode alone"),
     ],
 )
 def test_says_what_it_does_not_support(states, dtype, platform, reason):
     shapes = (1, 8, 32), (1, 8, 32), (32, states), (1, 8, states), (1, 8, states)
-    with jax.enable_x64(True):
-        arguments = [jnp.zeros(shape, dtype) for shape in shapes]
-        with pytest.raises(ValueError, match=reason):
-            if platform is None:
-                selective_scan(*arguments, implementation="mosaic_gpu")
-            with devices.interpreting("gpu"):
-                selective_scan(*arguments, implementation="mosaic_gpu")
+    simulated = devices.interpreting(platform) if platform else contextlib.nullcontext()
+    with jax.enable_x64(dtype == jnp.float64), simulated, pytest.raises(ValueError, match=reason):
+        selective_scan(*[jnp.zeros(shape, dtype) for shape in shapes], implementation="mosaic_gpu")
