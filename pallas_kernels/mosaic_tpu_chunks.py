@@ -1,16 +1,19 @@
-"""A recurrence over chunks of tokens on a TPU: one body, from which the kernels forward and backward are made.
+"""A recurrence over chunks of tokens on a TPU: what its kernels forward and backward have in common.
 
 The grid goes over rows of the batch, packs of heads, and chunks, one chunk after another. A pack is one head, or
 several narrow ones side by side in the lanes (`mosaic_tpu_packs`). Its state stays in fast memory from the first
 chunk to the last. Inputs are read where they lie, `[B, T, heads x width]`. Backward the chunks are walked through
 from the last to the first: everything inside a chunk is computed again from the state before it, which the forward
-pass keeps, and the body's own transposition (`jax.vjp`, inside the kernel) gives the gradients.
+pass keeps.
+
+What is done in a chunk is a `Chunk`'s: over the references of a step of the grid, by hand; or, by `Pure`, a function
+of values, whose own transposition (`jax.vjp`, inside the kernel) gives the gradients.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -38,21 +41,37 @@ class Plan:
     keep: Any = jnp.float32
 
 
-def scan_chunks(
-    body: Callable[[list[Block]], list[tuple[jax.Array, jax.Array]]],
-    plan: Plan,
-    fixed: Tree,
-    state: jax.Array,
-    tokens: Tree,
-    rows: Tree,
-) -> tuple[jax.Array, jax.Array]:
-    """[(state, o)] of a chunk = body([(fixed, state, tokens of the chunk, rows of the chunk)]): (the last state, o).
+@runtime_checkable
+class Chunk(Protocol):
+    """What a kernel does in a chunk; hashable. References are to what a step of the grid has of each array, `plan.step`
+    packs: fixed `[step, ., .]`, state `[step, K, V]`, tokens and o `[chunk, step x width]` (shared ones `[chunk,
+    width]`), rows `[step, ., .]`. A gradient's reference has the shape of what it is the gradient of, but tokens that
+    packs share have one for each pack."""
 
-    body: hashable; a function of its argument alone, a list of one or more packs, in operations on matrices that
-    Mosaic knows. It has a `name`. fixed: `[packs, ., .]` each, what all chunks have in common. state: float32 `[B,
-    packs, K, V]`. tokens: `[B, T, width]` each, T a multiple of the chunk; the body sees `[chunk, width / parts]`.
-    rows: `[B, packs, T / chunk, ., .]` each, what has the tokens along the lanes or belongs to a chunk as a whole. In
-    all of these None may stand for an array.
+    name: str
+
+    def output(self, block: Block) -> jax.ShapeDtypeStruct:
+        """`[chunk, lanes]` of o, of one pack. block: (fixed, state, tokens, rows) of one, by shape and dtype."""
+
+    def scratch(self, block: Block, step: int, *, backward: bool) -> list[Any]:
+        """Scratch shapes, whose references come last."""
+
+    def forward(self, fixed, state, tokens, rows, o, *scratch) -> None:
+        """Writes o, and into `state` the state after the chunk."""
+
+    def backward(self, fixed, before, tokens, rows, d_state, d_o, d_fixed, d_tokens, d_rows, *scratch) -> None:
+        """before: the state before the chunk, in `plan.keep`. Adds to d_fixed, writes d_tokens and d_rows, and into
+        `d_state`, where the cotangent of the state after the chunk stands, that of the state before it."""
+
+
+def scan_chunks(
+    body: Chunk, plan: Plan, fixed: Tree, state: jax.Array, tokens: Tree, rows: Tree
+) -> tuple[jax.Array, jax.Array]:
+    """(the last state, o) of a recurrence.
+
+    fixed: `[packs, ., .]` each, what all chunks have in common. state: float32 `[B, packs, K, V]`. tokens: `[B, T,
+    width]` each, T a multiple of the chunk. rows: `[B, packs, T / chunk, ., .]` each, what has the tokens along the
+    lanes or belongs to a chunk as a whole. In all of these None may stand for an array.
 
     Returns o `[B, T, packs x lanes of the body's o]`. Differentiable once, in reverse, in all floating arrays.
     """
@@ -94,28 +113,25 @@ def _forward(body, plan, fixed, state, tokens, rows, keep):
     """(the last state, o, the states before all chunks `[B, packs, chunks, K, V]` or None)."""
     specs = _Specs(plan, tokens, lambda c: c)
     block = specs.blocks(fixed, state, tokens, rows)
-    ((last, out),) = jax.eval_shape(body, [block])
-    kept = (specs.batch, plan.packs, specs.chunks, *last.shape)
+    out, shape = body.output(block), state.shape[2:]
+    kept = (specs.batch, plan.packs, specs.chunks, *shape)
     results = (
-        (jax.ShapeDtypeStruct((specs.batch, plan.packs, *last.shape), last.dtype), specs.of_state(last.shape)),
+        (jax.ShapeDtypeStruct(state.shape, state.dtype), specs.of_state(shape)),
         (
             jax.ShapeDtypeStruct((specs.batch, specs.length, plan.packs * out.shape[1]), out.dtype),
             specs.of_tokens(plan.step * out.shape[1], plan.packs),
         ),
-        (jax.ShapeDtypeStruct(kept, plan.keep), specs.of_rows(last.shape)) if keep else (None, None),
+        (jax.ShapeDtypeStruct(kept, plan.keep), specs.of_rows(shape)) if keep else (None, None),
     )
 
-    def kernel(fixed, first, tokens, rows, state, o, before):
+    def kernel(fixed, first, tokens, rows, state, o, before, *scratch):
         @pl.when(pl.program_id(2) == 0)
         def _():
             state[...] = first[...]
 
         if keep:
             before[...] = state[...].astype(before.dtype)
-        blocks = [_of_pack(plan, pack, fixed, state[pack], tokens, rows) for pack in range(plan.step)]
-        for pack, (now, out) in enumerate(body(blocks)):
-            state[pack] = now
-            o[:, _lanes(o, plan.step, pack)] = out
+        body.forward(fixed, state, tokens, rows, o, *scratch)
 
     arguments = (
         (fixed, specs.of_fixed(fixed)),
@@ -123,7 +139,8 @@ def _forward(body, plan, fixed, state, tokens, rows, keep):
         (tokens, specs.of_all_tokens(tokens)),
         (rows, jax.tree.map(lambda x: specs.of_rows(x.shape[3:]), rows)),
     )
-    return _call(kernel, specs, arguments, results, "forward" if keep else "forward_alone", body, plan)
+    scratch = body.scratch(block, plan.step, backward=False)
+    return _call(kernel, specs, arguments, results, scratch, f"{body.name}_forward{'' if keep else '_alone'}")
 
 
 def _backward(body, plan, fixed, before, tokens, rows, d_last, d_out):
@@ -149,27 +166,14 @@ def _backward(body, plan, fixed, before, tokens, rows, d_last, d_out):
         (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows), row_specs),
     )
 
-    def kernel(fixed, before, tokens, rows, d_last, d_out, d_fixed, d_state, d_tokens, d_rows):
+    def kernel(fixed, before, tokens, rows, d_last, d_out, d_fixed, d_state, d_tokens, d_rows, *scratch):
         @pl.when(pl.program_id(2) == 0)
         def _():
             d_state[...] = d_last[...]
             for ref in jax.tree.leaves(d_fixed):
                 ref[...] = jnp.zeros_like(ref)
 
-        blocks = [
-            _of_pack(plan, pack, fixed, before[pack].astype(d_state.dtype), tokens, rows)
-            for pack in range(plan.step)
-        ]
-        _, pull = jax.vjp(body, blocks)
-        cotangents = [(d_state[pack], d_out[:, _lanes(d_out, plan.step, pack)]) for pack in range(plan.step)]
-        for pack, found in enumerate(pull(cotangents)[0]):
-            for ref, value in zip(jax.tree.leaves(d_fixed), jax.tree.leaves(found[0]), strict=True):
-                ref[pack] += value
-            d_state[pack] = found[1]
-            for ref, value in zip(jax.tree.leaves(d_tokens), jax.tree.leaves(found[2]), strict=True):
-                ref[:, _lanes(ref, plan.step, pack)] = value
-            for ref, value in zip(jax.tree.leaves(d_rows), jax.tree.leaves(found[3]), strict=True):
-                ref[pack] = value
+        body.backward(fixed, before, tokens, rows, d_state, d_out, d_fixed, d_tokens, d_rows, *scratch)
 
     arguments = (
         (fixed, specs.of_fixed(fixed)),
@@ -179,20 +183,23 @@ def _backward(body, plan, fixed, before, tokens, rows, d_last, d_out):
         (d_last, specs.of_state(shape)),
         (d_out, specs.of_tokens(d_out.shape[2] // plan.packs * plan.step, plan.packs)),
     )
-    return _call(kernel, specs, arguments, results, "backward", body, plan)
+    scratch = body.scratch(specs.blocks(fixed, d_last, tokens, rows), plan.step, backward=True)
+    return _call(kernel, specs, arguments, results, scratch, f"{body.name}_backward")
 
 
-def _call(kernel, specs, arguments, results, what, body, plan):
+def _call(kernel, specs, arguments, results, scratch, name):
+    plan = specs.plan
     return pl.pallas_call(
         kernel,
         grid=(specs.batch, plan.packs // plan.step, specs.chunks),
         in_specs=[spec for _, spec in arguments],
         out_specs=[spec for _, spec in results],
         out_shape=[shape for shape, _ in results],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        name=f"{body.name}_{what}_{plan.chunk}",
+        name=f"{name}_{plan.chunk}",
     )(*(array for array, _ in arguments))
 
 
@@ -253,11 +260,52 @@ class _Specs:
         )
 
 
-def _of_pack(plan, pack, fixed, state, tokens, rows):
+@dataclasses.dataclass(frozen=True)
+class Pure:
+    """A `Chunk` of a function: [(state, o)] = body([(fixed, state, tokens, rows)]) of a list of packs, in operations on
+    matrices that Mosaic knows. A function of its argument alone; it has a `name`."""
+
+    body: Callable[[list[Block]], list[tuple[jax.Array, jax.Array]]]
+
+    @property
+    def name(self):
+        return self.body.name
+
+    def output(self, block):
+        return jax.eval_shape(self.body, [block])[0][1]
+
+    def scratch(self, block, step, *, backward):
+        return []
+
+    def forward(self, fixed, state, tokens, rows, o):
+        step = state.shape[0]
+        blocks = [_of_pack(step, pack, fixed, state[pack], tokens, rows) for pack in range(step)]
+        for pack, (now, out) in enumerate(self.body(blocks)):
+            state[pack] = now
+            o[:, _lanes(o, step, pack)] = out
+
+    def backward(self, fixed, before, tokens, rows, d_state, d_o, d_fixed, d_tokens, d_rows):
+        step = d_state.shape[0]
+        blocks = [
+            _of_pack(step, pack, fixed, before[pack].astype(d_state.dtype), tokens, rows) for pack in range(step)
+        ]
+        _, pull = jax.vjp(self.body, blocks)
+        cotangents = [(d_state[pack], d_o[:, _lanes(d_o, step, pack)]) for pack in range(step)]
+        for pack, found in enumerate(pull(cotangents)[0]):
+            for ref, value in zip(jax.tree.leaves(d_fixed), jax.tree.leaves(found[0]), strict=True):
+                ref[pack] += value
+            d_state[pack] = found[1]
+            for ref, value in zip(jax.tree.leaves(d_tokens), jax.tree.leaves(found[2]), strict=True):
+                ref[:, _lanes(ref, step, pack)] = value
+            for ref, value in zip(jax.tree.leaves(d_rows), jax.tree.leaves(found[3]), strict=True):
+                ref[pack] = value
+
+
+def _of_pack(step, pack, fixed, state, tokens, rows):
     return (
         jax.tree.map(lambda ref: ref[pack], fixed),
         state,
-        jax.tree.map(lambda ref: ref[:, _lanes(ref, plan.step, pack)], tokens),
+        jax.tree.map(lambda ref: ref[:, _lanes(ref, step, pack)], tokens),
         jax.tree.map(lambda ref: ref[pack], rows),
     )
 

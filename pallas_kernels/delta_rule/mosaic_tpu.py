@@ -16,7 +16,7 @@ from pallas_kernels.delta_rule import chunked
 from pallas_kernels.delta_rule.mosaic_tpu_chunk import Body, Tokens, rows_of_tokens
 from pallas_kernels.delta_rule.reference import first_state, mark_documents
 from pallas_kernels.linear_attention.reference import as_log_decay
-from pallas_kernels.mosaic_tpu_chunks import Plan, divisor, scan_chunks
+from pallas_kernels.mosaic_tpu_chunks import Plan, Pure, divisor, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import narrow_pack
 from pallas_kernels.mosaic_tpu_step import step
 
@@ -71,7 +71,7 @@ def run(
     at_once = divisor(packs, max(AT_ONCE // pack.heads, 1))
     plan = Plan(chunk, packs, (packs,) * len(jax.tree.leaves(tokens)), at_once, keep=q.dtype)
     body = Body(pack, decay, scale, q.dtype)
-    state, o = scan_chunks(body, plan, None, pack.join_states(state), tokens, rows)
+    state, o = scan_chunks(Pure(body), plan, None, pack.join_states(state), tokens, rows)
     return o[:, :length].reshape(v.shape), pack.part_states(state)
 
 

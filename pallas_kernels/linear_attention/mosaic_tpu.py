@@ -18,7 +18,7 @@ from pallas_kernels.linear_attention import chunked
 from pallas_kernels.linear_attention import mosaic_tpu_scalar as scalars
 from pallas_kernels.linear_attention import mosaic_tpu_vector as vectors
 from pallas_kernels.linear_attention.reference import as_log_decay, empty_state, for_each_head, token_inputs
-from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, divisor, scan_chunks
+from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, Pure, divisor, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import Pack, narrow_pack
 from pallas_kernels.mosaic_tpu_step import step
 from pallas_kernels.segments import document_starts
@@ -102,7 +102,7 @@ def run(
     tokens = jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tokens)
     at_once = 1 if parts[0] < packs else divisor(packs, AT_ONCE // chunk)
     plan = Plan(chunk, packs, parts, at_once, keep=q.dtype)
-    state, o = scan_chunks(body, plan, fixed, pack.join_states(state, upright=not vector), tokens, rows)
+    state, o = scan_chunks(Pure(body), plan, fixed, pack.join_states(state, upright=not vector), tokens, rows)
     return o.reshape(v.shape)[:, :length], pack.part_states(state, upright=not vector)
 
 
