@@ -13,7 +13,9 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from simulating import without_devices
 
+without_devices()
 jax.config.update("jax_disable_most_optimizations", True)  # see compiling.py
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

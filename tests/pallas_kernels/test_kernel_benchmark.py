@@ -7,13 +7,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from compiling import UNOPTIMIZED
 from pallas_kernels.attention.shapes import Shape
 from pallas_kernels.benchmark import attention, scan, scan_models
 
 
 def benchmark(*arguments):
     command = [sys.executable, "-m", "pallas_kernels.benchmark", *arguments]
-    return subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    return subprocess.run(command, env=os.environ | UNOPTIMIZED | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
 
 
 def test_rows_are_timed_and_saved(tmp_path):

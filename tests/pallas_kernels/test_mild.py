@@ -1,5 +1,7 @@
 """Chunks of mild decays, by the form without decay: at the limit, across documents, and no gradient to later tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,34 +40,41 @@ def make(form):
     return *jax.tree.map(np.float32, (inputs, cotangents)), ids
 
 
-def outputs_and_gradients(form, implementation, inputs, cotangents, ids, compiler_options=None):
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=OPTIMIZED)
+def outputs_and_gradients(form, implementation, inputs, cotangents, ids):
     op = delta_rule if form == "delta" else linear_attention
-
-    def both(inputs, cotangents, ids):
-        outputs, pull = jax.vjp(lambda x: op(**x, segment_ids=ids, implementation=implementation), inputs)
-        return outputs, pull(cotangents)[0]
-
-    return jax.device_get(jax.jit(both, compiler_options=compiler_options)(inputs, cotangents, ids))
+    outputs, pull = jax.vjp(lambda x: op(**x, segment_ids=ids, implementation=implementation), inputs)
+    return outputs, pull(cotangents)[0]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-@pytest.mark.parametrize("form", FORMS)
-def test_at_the_limit_it_is_the_token_loop_in_float64(form, packed, monkeypatch):
-    inputs, cotangents, ids = make(form)
-    ids = ids if packed else None
+@pytest.fixture(autouse=True)
+def every_chunk_is_mild(monkeypatch):
+    """Every chunk is taken by the form for mild decays, or there is no number left."""
 
     def never(state, x, *options):
         return jnp.full_like(state, jnp.nan), jnp.full_like(x.v, jnp.nan)
 
-    with monkeypatch.context() as patch:  # so that every chunk is taken by the form for mild decays, or the test fails
-        patch.setattr(chunked, "_any_chunk", never)
-        patch.setattr(vector_decay, "_any_chunk", never)
-        outputs, gradients = outputs_and_gradients(form, "chunked", inputs, cotangents, ids, OPTIMIZED)
+    monkeypatch.setattr(chunked, "_any_chunk", never)
+    monkeypatch.setattr(vector_decay, "_any_chunk", never)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_at_the_limit_it_is_the_token_loop_in_float64(form):
+    """And no gradient flows to later tokens, not even rounding noise: later log decays have gradients of exactly 0."""
+    inputs, cotangents, ids = make(form)
+    outputs, gradients = outputs_and_gradients(form, "chunked", inputs, cotangents, ids)
     with jax.enable_x64(True):
         exact = jax.tree.map(np.float64, (inputs, cotangents))
         expected, expected_gradients = outputs_and_gradients(form, "reference", *exact, ids)
     assert_close(outputs, expected, "float32")
     assert_close(gradients, expected_gradients, "float32 gradient")
+
+    of_o, of_state = cotangents
+    of_o[:, 40:] = 0
+    one_document = np.ones_like(ids)
+    _, gradients = jax.device_get(outputs_and_gradients(form, "chunked", inputs, (of_o, 0 * of_state), one_document))
+    for name in set(inputs) - {"initial_state", "bonus"}:
+        assert gradients[name][:, :40].any() and not gradients[name][:, 40:].any(), name
 
 
 def test_what_is_mild():
@@ -75,13 +84,3 @@ def test_what_is_mild():
     assert mild.is_mild(jnp.zeros((1, 1, 1, 1)))
     for worse in (-mild.LIMIT, -np.inf, np.nan):
         assert not mild.is_mild(chunk.at[1, 1, 3, 2].set(worse))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_no_gradient_flows_to_later_tokens(form):
-    """Not even rounding noise: later log decays have gradients of exactly 0."""
-    inputs, (of_o, of_state), _ = make(form)
-    of_o[:, 40:] = 0
-    _, gradients = outputs_and_gradients(form, "chunked", inputs, (of_o, 0 * of_state), None)
-    for name in set(inputs) - {"initial_state", "bonus"}:
-        assert gradients[name][:, :40].any() and not gradients[name][:, 40:].any(), name
