@@ -17,10 +17,11 @@ simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
 
 
 def shortened(name, case):
-    """A simulator takes long: a group of tokens and a bit, but for two cases that go on into a second chunk."""
+    """A simulator takes long: a group of tokens and a bit, but for two cases that go on into a second chunk; and of many
+    states two groups and a bit."""
     batch, length, width, states = case.shape
     most = {"long": 130, "packed": 130}.get(name, 20 if states <= 16 else 10)
-    return dataclasses.replace(case, shape=Shape(1 if name == "packed" else batch, min(length, most), width, states))
+    return dataclasses.replace(case, shape=Shape(1 if name == "packed" else batch, min(length, most), width, min(states, 36)))
 
 
 SHORT = dataclasses.replace(SUITE, cases={name: shortened(name, case) for name, case in SUITE.cases.items()})
@@ -39,7 +40,7 @@ class TestMosaicTPU(conformance_tests(SHORT)):
         return simulated()
 
 
-@pytest.mark.parametrize("shape", [Shape(B=1, T=20, D=1100, N=6), Shape(B=2, T=1, D=200)], ids=["wide", "one token"])
+@pytest.mark.parametrize("shape", [Shape(B=1, T=20, D=1100, N=3), Shape(B=2, T=1, D=200)], ids=["wide", "one token"])
 def test_bfloat16(shape):
     """Of more channels than a register holds, so that two are taken together."""
     with simulated():
