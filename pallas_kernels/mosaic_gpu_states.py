@@ -24,12 +24,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import devices
-from pallas_kernels.attention import mosaic_gpu_products as products
-from pallas_kernels.attention.mosaic_gpu_tiles import drain
+from pallas_kernels import mosaic_gpu_products as products
 
 CHUNK = 64
 SIDE = products.LINES  # of V, for each warpgroup; K is a multiple of it too
-SHARED_MEMORY = 232_448 - 8_192  # bytes of a block, but for decays and barriers
 SCALAR = 32  # so many copies of a number are fetched: 128 bytes is the least that is copied at once
 STAGES = 3  # chunks in flight at most
 COPIES = 2  # of the state, rounded: one is written while the other is on its way out
@@ -244,7 +242,7 @@ def _block(plan, group, inputs, before, last, tiles, *, rounded, left, here, fre
                 plgpu.copy_gmem_to_smem(inputs[name].at[where[name]], tile.at[slot], here.at[slot])
 
         lax.fori_loop(0, count, fetch_chunk, None)
-        drain(free, plan.stages, 0, count)
+        products.drain(free, plan.stages, 0, count)
 
     def compute(part):  # which warpgroup: known when traced, since it is where operands begin
         columns = pl.ds(part * SIDE, SIDE)
@@ -306,7 +304,7 @@ def _plan(chunk, width, value_width, reads, reverse):
     for warpgroups in (2, 1):
         own = 2 * COPIES * warpgroups * part * SIDE
         each = 2 * max((3 if reads else 1) * chunk * part, part) + 2 * max(chunk, part) * warpgroups * SIDE
-        stages = min(STAGES, (SHARED_MEMORY - own) // each)
+        stages = min(STAGES, (products.SHARED_MEMORY - own) // each)
         if value_width % (warpgroups * SIDE) == 0 and stages >= min(2, warpgroups):
             return Plan(chunk, part, warpgroups, stages, reverse)
     raise ValueError(f"a chunk of {chunk} tokens with keys {width} wide does not fit the shared memory")

@@ -16,19 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels import devices
-from pallas_kernels.attention import chunked, mosaic_gpu_latent, mosaic_gpu_products
+from pallas_kernels import devices, mosaic_gpu_products
+from pallas_kernels.attention import chunked, mosaic_gpu_latent
 from pallas_kernels.attention.mosaic_gpu_backward import OUTER, backward_keys, backward_queries
 from pallas_kernels.attention.mosaic_gpu_backward import Plan as BackwardPlan
 from pallas_kernels.attention.mosaic_gpu_forward import Plan, forward
 from pallas_kernels.attention.mosaic_gpu_tiles import visits
 from pallas_kernels.attention.options import Options, merge
 from pallas_kernels.attention.tiles import Index
+from pallas_kernels.parts import MULTIPROCESSORS
 
 SIDE = 128  # every tile divides it, and it has to divide the blocks of a block mask
 MOST = 256  # channels of a head whose output fits a warpgroup's registers
-SHARED_MEMORY = 232_448 - 8_192  # bytes of a block, but for documents, positions and barriers
-MULTIPROCESSORS = 132  # of an H100 SXM and an H200; each holds one block
 LEAST = 8  # tiles of keys of a part, where they are split: reading fewer takes no longer than merging the parts
 STAGES = 4  # of tiles in flight at most: two hide the latency of a copy, four that of a late one
 
@@ -172,7 +171,7 @@ def _backward_plans(width, value_width):
 
 def _stages(own, each):
     """How many tiles of `each` numbers fit beside the block's own."""
-    return min(STAGES, (SHARED_MEMORY // 2 - own) // each)
+    return min(STAGES, (mosaic_gpu_products.SHARED_MEMORY // 2 - own) // each)
 
 
 def split(blocks: int, tiles: int) -> int:

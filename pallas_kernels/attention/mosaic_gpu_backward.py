@@ -14,9 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu_products as products
+from pallas_kernels import mosaic_gpu_products as products
 from pallas_kernels.attention.mosaic_gpu_forward import COMPILER, capped
-from pallas_kernels.attention.mosaic_gpu_tiles import Visits, drain, seen
+from pallas_kernels.attention.mosaic_gpu_tiles import Visits, seen
 from pallas_kernels.attention.options import Options
 
 WARPGROUPS = 2  # that compute, beside the one that fetches
@@ -93,7 +93,7 @@ def _queries_block(
     def _():
         plgpu.set_max_registers(24, action="decrease")
         _loop(fetch, unmasked, visited, None)
-        drain(free, plan.stages, 0, visited)
+        products.drain(free, plan.stages, 0, visited)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
@@ -210,7 +210,7 @@ def _keys_block(
             _loop(functools.partial(fetch, member), unmasked, visited, None)
 
         lax.fori_loop(0, group, of_member, None)
-        drain(free, plan.stages, 0, group * visited)
+        products.drain(free, plan.stages, 0, group * visited)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():

@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu_products as products
-from pallas_kernels.attention.mosaic_gpu_tiles import Visits, drain, seen
+from pallas_kernels import mosaic_gpu_products as products
+from pallas_kernels.attention.mosaic_gpu_tiles import Visits, seen
 from pallas_kernels.attention.options import Options
 
 NEVER = -1e30  # below every score, yet finite, so that a row that has seen nothing gives no NaN
@@ -130,8 +130,8 @@ def _block(
         pl.when(first < last)(lambda: fetch_tile(True, first, None))
         lax.fori_loop(first + 1, middle, functools.partial(fetch_tile, False), None)
         lax.fori_loop(middle, last, functools.partial(fetch_tile, True), None)
-        drain(k_free, plan.stages, first, last)
-        drain(v_free, plan.stages, first, last)
+        products.drain(k_free, plan.stages, first, last)
+        products.drain(v_free, plan.stages, first, last)
 
     @pl.when(warpgroup < plan.warpgroups)
     def compute():

@@ -14,9 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu_products as products
+from pallas_kernels import mosaic_gpu_products as products
 from pallas_kernels.attention.mosaic_gpu_forward import COMPILER, Plan, finished, softmax_step, start
-from pallas_kernels.attention.mosaic_gpu_tiles import Visits, drain, seen
+from pallas_kernels.attention.mosaic_gpu_tiles import Visits, seen
 from pallas_kernels.attention.options import Options
 
 WARPGROUPS = 2  # that compute, beside the one that fetches
@@ -102,7 +102,7 @@ def _block(
 
         lax.fori_loop(first, middle, functools.partial(fetch, False), None)
         lax.fori_loop(middle, last, functools.partial(fetch, True), None)
-        drain(free, STAGES, first, last)
+        products.drain(free, STAGES, first, last)
 
     def compute(part):  # which half of the channels: known when traced, since it is where operands begin
         plgpu.set_max_registers(240, action="increase")

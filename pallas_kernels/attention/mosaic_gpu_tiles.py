@@ -4,12 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import tiles
-from pallas_kernels.attention.mosaic_gpu_products import PER_COLUMN, PER_LINE, along_columns, along_lines
 from pallas_kernels.attention.options import Options
+from pallas_kernels.mosaic_gpu_products import PER_COLUMN, PER_LINE, along_columns, along_lines
 
 
 class Visits(NamedTuple):
@@ -41,16 +40,6 @@ def visits(index: tiles.Index, options: Options, queries: int, keys: int, by_que
         tiles=order.tiles,
         counts=jnp.stack([order.unmasked, order.visited], axis=2),
     )
-
-
-def drain(free: Any, stages: int, first: Any, last: Any) -> None:
-    """The fetching warp's last waits, for the tiles that no other takes the place of: JAX 0.11's interpreter wants every
-    phase of a barrier to be waited for."""
-
-    def wait(n, _):
-        plgpu.barrier_wait(free.at[lax.rem(n - first, jnp.int32(stages))])
-
-    lax.fori_loop(jnp.maximum(first, last - stages), last, wait, None)
 
 
 def seen(q_index: Any, kv_index: Any, options: Options, shape: tuple[int, int], queries: int) -> jax.Array:

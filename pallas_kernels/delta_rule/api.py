@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.delta_rule import chunked, loop, mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.delta_rule import chunked, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.mesh import Axes
 
 
@@ -38,10 +38,9 @@ def delta_rule(
     initial_state: `[B, H, K, V]`, S before the first token; zeros if None.
     segment_ids: int32 `[B, T]`, see `pallas_kernels.segments`. Padding (0) leaves the state as it is and its output
         is 0; at a document boundary the state is forgotten; the first document continues `initial_state`.
-    implementation: "reference" (token by token), "chunked" (matrix products over chunks of tokens), "loop_forward"
-        (token by token, and chunked where a gradient is asked for), "mosaic_gpu" (kernels for Hopper: bfloat16 and
-        float16, K and V multiples of 64 up to 256 and 512), "mosaic_tpu" (kernels: bfloat16 and float32), or None: the fastest
-        known that supports the call.
+    implementation: "reference" (token by token), "chunked" (matrix products over chunks of tokens), "mosaic_gpu" (kernels
+        for Hopper: bfloat16 and float16, K and V multiples of 64 up to 256 and 512), "mosaic_tpu" (kernels: bfloat16 and
+        float32), or None: the fastest known that supports the call.
 
     Returns o `[B, T, H, V]` in v's dtype and the last S `[B, H, K, V]` in float32 (float64 for float64 inputs).
     Differentiable (reverse mode) in q, k, v, a, b, log_decay and initial_state, given cotangents of both outputs.
@@ -65,7 +64,6 @@ IMPLEMENTATIONS = {
     "chunked": chunked,
     "mosaic_gpu": mosaic_gpu,
     "mosaic_tpu": mosaic_tpu,
-    "loop_forward": dispatch.Implementation(dispatch.loop_forward(loop.run, chunked.run, scale_at=8)),
 }
 
 # Of q, k, v, a, b, log_decay (each of its forms), initial_state, segment_ids and scale; and of the results
@@ -75,12 +73,7 @@ AXES = Axes(
 
 
 def preferred(platform: str) -> tuple[str, ...]:
-    """What `implementation=None` stands for on a platform: the first that supports the call.
-
-    On a CPU, forward, float32, K = V = 64, the token loop was seen to take 1.0 to 1.4 of the chunked form's time with one
-    decay a head, and 83 ms where that takes 53 with one a channel (8 rows of 4 heads, 1,024 tokens, one thread's process
-    time); 0.6 to 1.2 of it where half a chunk decays by more than exp(32).
-    """
+    """What `implementation=None` stands for on a platform: the first that supports the call."""
     return (f"mosaic_{platform}", "chunked") if platform in ("gpu", "tpu") else ("chunked",)
 
 

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import devices
-from pallas_kernels.attention.mosaic_gpu_products import both_of, matrix, zeros
+from pallas_kernels.mosaic_gpu_products import both_of, matrix, zeros
 from pallas_kernels.delta_rule.mosaic_gpu_split import CHUNK, PANEL, SWIZZLE, total, transposed
 
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.mosaic_gpu_products import (
+from pallas_kernels.mosaic_gpu_products import (
     MATRIX,
     PER_COLUMN,
     PER_LINE,

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.mosaic_gpu_products import MATRIX, matrix
+from pallas_kernels.mosaic_gpu_products import MATRIX, matrix
 
 CHUNK = 64
 SWIZZLE = 128

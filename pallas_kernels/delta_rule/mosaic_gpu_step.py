@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.mosaic_gpu_products import MATRIX, PER_COLUMN, PER_LINE, along_columns, along_lines
+from pallas_kernels.mosaic_gpu_products import MATRIX, PER_COLUMN, PER_LINE, along_columns, along_lines
 from pallas_kernels.delta_rule import reference
 from pallas_kernels.delta_rule.reference import Tokens
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.mosaic_gpu_products import MATRIX, PER_LINE, along_lines, matrix, zeros
+from pallas_kernels.mosaic_gpu_products import MATRIX, PER_LINE, along_lines, matrix, zeros
 from pallas_kernels.delta_rule import mosaic_gpu_split as split
 from pallas_kernels.delta_rule.mosaic_gpu_split import CHUNK, PANEL, SWIZZLE, transposed
 

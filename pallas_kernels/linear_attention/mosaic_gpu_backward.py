@@ -23,11 +23,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu_products as products
-from pallas_kernels.attention.mosaic_gpu_tiles import drain
+from pallas_kernels import mosaic_gpu_products as products
 from pallas_kernels.linear_attention.mosaic_gpu_forward import between, reads, split
 from pallas_kernels.linear_attention.mosaic_gpu_tables import CHUNK, READING, ROWS, SINCE, SUMS, UNTIL, Tables
-from pallas_kernels.mosaic_gpu_states import COMPILER, SHARED_MEMORY
+from pallas_kernels.mosaic_gpu_states import COMPILER
 
 QUERIES, KEYS, FETCHER = range(3)  # warpgroups
 BLOCKS = 132
@@ -152,7 +151,7 @@ def _block(
             lax.fori_loop(0, slices, functools.partial(fetch_slice, n), None)
 
         lax.fori_loop(0, plan.heads, fetch_head, None)
-        drain(free, plan.stages, 0, plan.heads * slices)
+        products.drain(free, plan.stages, 0, plan.heads * slices)
 
     def release(slot):
         """What was read in the ordinary way is read before the next copy writes it."""
@@ -277,7 +276,7 @@ def _block(
 def _plan(width, heads, group):
     for slice in (64, 32):
         own, each = 2 * CHUNK * width + CHUNK * slice, 2 * slice * (width + CHUNK) + 2 * ROWS * CHUNK
-        stages = min(3, (SHARED_MEMORY // 2 - own) // each)
+        stages = min(3, (products.SHARED_MEMORY // 2 - own) // each)
         if stages >= 2:
             return Plan(slice, stages, heads, group)
     raise ValueError(f"keys of {width} do not fit the shared memory")

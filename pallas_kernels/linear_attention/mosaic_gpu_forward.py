@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu_products as products
+from pallas_kernels import mosaic_gpu_products as products
 from pallas_kernels.linear_attention.mosaic_gpu_tables import (
     CHUNK,
     FIRST,

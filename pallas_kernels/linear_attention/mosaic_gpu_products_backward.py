@@ -12,10 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu_products as products
-from pallas_kernels.attention.mosaic_gpu_tiles import drain
+from pallas_kernels import mosaic_gpu_products as products
 from pallas_kernels.linear_attention.mosaic_gpu_tables import CHUNK
-from pallas_kernels.mosaic_gpu_states import COMPILER, SHARED_MEMORY
+from pallas_kernels.mosaic_gpu_states import COMPILER
 
 STAGES = 2  # slices in flight
 READER, WRITER, FETCHER = range(3)  # warpgroups
@@ -30,7 +29,7 @@ def cotangents(v, do, before, after) -> tuple[jax.Array, ...]:
     batch, count, heads, width, value_width = before.shape
     dtype = v.dtype
     results = 2 * CHUNK * width + CHUNK * CHUNK
-    size = next(n for n in (64, 32) if results + 2 * STAGES * n * (width + CHUNK) <= SHARED_MEMORY // 2)
+    size = next(n for n in (64, 32) if results + 2 * STAGES * n * (width + CHUNK) <= products.SHARED_MEMORY // 2)
     matrix = functools.partial(products.matrix, dtype=dtype, swizzle=2 * size)
     scratch = dict(
         tiles=dict(
@@ -98,7 +97,7 @@ def _block(
                 plgpu.copy_gmem_to_smem(array.at[row, lines, head, columns], tiles[name].at[slot], here.at[slot])
 
         lax.fori_loop(0, slices, fetch_slice, None)
-        drain(free, STAGES, 0, slices)
+        products.drain(free, STAGES, 0, slices)
 
     @pl.when(warpgroup == READER)
     def reader():

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu_products as products
+from pallas_kernels import mosaic_gpu_products as products
 from pallas_kernels.linear_attention.reference import step, token_inputs
 from pallas_kernels.mosaic_gpu_states import COMPILER
 from pallas_kernels.segments import document_starts

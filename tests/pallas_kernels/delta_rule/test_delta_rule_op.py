@@ -211,46 +211,24 @@ def test_unit_inverse_is_forward_substitution():
     assert_close(found, wanted, "float64")
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-@pytest.mark.parametrize("decay", ["vector", "scalar", "none", "bfloat16"])
-def test_the_loop_in_place_is_the_token_loop(decay, packed):
-    """A CPU's default, which runs only where no gradient is asked for."""
-    dtype = jnp.bfloat16 if decay == "bfloat16" else jnp.float32
-    kind = "vector" if decay == "bfloat16" else decay
-    inputs, ids, _ = make(Shape(B=2, T=37, H=2, K=3, V=5, decay=kind), packed, dtype=dtype)
-    arguments = [inputs[name] for name in (*NAMES, "initial_state")] + [ids]
-
-    def run(implementation):
-        return jax.jit(lambda *arrays: api.IMPLEMENTATIONS[implementation].run(*arrays, 0.7))
-
-    found, expected = run("loop_forward")(*arguments), run("reference")(*arguments)
-    assert (found[0].dtype, found[1].dtype) == (dtype, jnp.float32)
-    kind = "bfloat16 cut" if dtype == jnp.bfloat16 else "float32"
-    assert_close(found, expected, kind)
-    rows = [None if x is None else x[:, None] for x in arguments]
-    one_by_one = jax.jit(jax.vmap(lambda *arrays: api.IMPLEMENTATIONS["loop_forward"].run(*arrays, 0.7)))(*rows)
-    assert_close(jax.tree.map(lambda x: x[:, 0], one_by_one), found, kind)
-
-
 def test_vmap_scan_and_remat():
     inputs, _, (weights, _) = make(Shape(B=2, T=40, H=2, K=3, V=3, decay="vector"))
     arguments = [inputs[name] for name in NAMES]
 
-    def loss(*arguments, implementation):
+    def loss(*arguments):
         *arguments, weights = arguments
-        o, state = delta_rule(*arguments, implementation=implementation)
+        o, state = delta_rule(*arguments, implementation="chunked")
         return jnp.sum(o * weights) + jnp.sum(jnp.sin(state))
 
-    def gradient(*arguments, implementation):
-        return jax.grad(functools.partial(loss, implementation=implementation), argnums=range(6))(*arguments)
+    gradient = jax.grad(loss, argnums=range(6))
 
     def row_by_row(*arguments):  # every row once through scan, and vmap over a batch of batches of one row
         rows = [x[:, None, None] for x in arguments]
-        body = jax.vmap(jax.checkpoint(functools.partial(gradient, implementation="loop_forward")))
+        body = jax.vmap(jax.checkpoint(gradient))
         return jax.lax.scan(lambda carry, row: (carry, body(*row)), 0, rows)[1]
 
     found = jax.jit(row_by_row)(*arguments, weights)
-    expected = jax.jit(functools.partial(gradient, implementation="chunked"))(*arguments, weights)
+    expected = jax.jit(gradient)(*arguments, weights)
     assert_close(tuple(x[:, 0, 0] for x in found), expected, "float32 gradient")
 
 
@@ -306,7 +284,7 @@ def test_the_choice_is_logged_once(caplog):
         ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"\[B, T\] = \[2, 5\]"),
         (
             {"implementation": "chunky"},
-            "implementation='chunky': delta_rule has chunked, loop_forward, mosaic_gpu, mosaic_tpu, reference. "
+            "implementation='chunky': delta_rule has chunked, mosaic_gpu, mosaic_tpu, reference. "
             "Did you mean 'chunked'",
         ),
     ],

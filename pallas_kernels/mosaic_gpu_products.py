@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import devices
 
+SHARED_MEMORY = 232_448 - 8_192  # bytes of a block on Hopper, but for barriers, decays, documents and positions
 LINES = 64  # of a product: what the instruction has for each warpgroup
 
 MATRIX = plgpu.Layout.WGMMA
@@ -159,3 +160,13 @@ def added_and_product(
     return pl.run_scoped(
         body, plgpu.ACC(accumulator.shape, jnp.float32), plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32)
     )
+
+
+def drain(free: Any, stages: int, first: Any, last: Any) -> None:
+    """The fetching warp's last waits, for the tiles that no other takes the place of: JAX 0.11's interpreter wants every
+    phase of a barrier to be waited for."""
+
+    def wait(n, _):
+        plgpu.barrier_wait(free.at[lax.rem(n - first, jnp.int32(stages))])
+
+    lax.fori_loop(jnp.maximum(first, last - stages), last, wait, None)
