@@ -26,22 +26,23 @@ def _shape(T: int, H: int = 2, B: int = 1, K: int = 64, V: int = 64, decay: str 
     return Shape(B=B, T=T, H=H, K=K, V=V, decay=decay)
 
 
+# Whole chunks where their remainder is not what it is about: on a CPU that is a program of its own, and twice the time.
 CASES = {
     "one token": Case(shape=_shape(1, B=3)),
     "one token, padded": Case(shape=_shape(1, B=3, decay="vector"), packed=True),
     "one chunk": Case(shape=_shape(64), fresh=True),
     "ragged, no decay": Case(shape=_shape(63, B=2, V=128, decay="none")),
     "ragged": Case(shape=_shape(500, H=1, K=128, V=128)),
-    "packed": Case(shape=_shape(300, B=2), packed=True),
-    "packed, no decay": Case(shape=_shape(200, B=2, H=1, decay="none"), packed=True),
-    "keys alike": Case(shape=_shape(200, H=1, decay="none"), keys="alike"),
-    "extreme gates": Case(shape=_shape(200), gates="extreme"),
-    "wide": Case(shape=_shape(130, H=1, K=256, V=512)),
-    "vector": Case(shape=_shape(200, decay="vector"), fresh=True),
+    "packed": Case(shape=_shape(256, B=2), packed=True),
+    "packed, no decay": Case(shape=_shape(192, B=2, H=1, decay="none"), packed=True),
+    "keys alike": Case(shape=_shape(192, H=1, decay="none"), keys="alike"),
+    "extreme gates": Case(shape=_shape(192), gates="extreme"),
+    "wide": Case(shape=_shape(128, H=1, K=256, V=512)),
+    "vector": Case(shape=_shape(192, decay="vector"), fresh=True),
     "vector, ragged": Case(shape=_shape(63, B=2, V=128, decay="vector")),
     "vector, packed": Case(shape=_shape(300, B=2, decay="vector"), packed=True),
-    "vector, extreme gates": Case(shape=_shape(200, decay="vector"), gates="extreme"),
-    "vector, wide": Case(shape=_shape(70, H=1, K=128, V=128, decay="vector")),
+    "vector, extreme gates": Case(shape=_shape(192, decay="vector"), gates="extreme"),
+    "vector, wide": Case(shape=_shape(64, H=1, K=128, V=128, decay="vector")),
     "small widths": Case(shape=_shape(100, K=16, V=24, decay="vector")),
 }
 

@@ -23,6 +23,7 @@ def _shape(T: int, H: int = 2, B: int = 1, K: int = 64, V: int = 64, decay: str 
     return Shape(B=B, T=T, H=H, K=K, V=V, decay=decay, **options)
 
 
+# Whole chunks where their remainder is not what it is about: on a CPU that is a program of its own, and twice the time.
 CASES = {
     "one token": Case(shape=_shape(1, B=3)),
     "one token, padded": Case(shape=_shape(1, B=3), packed=True),
@@ -31,20 +32,20 @@ CASES = {
     "one chunk": Case(shape=_shape(64), fresh=True),
     "ragged, head": Case(shape=_shape(63, B=2, V=128, decay="head")),
     "ragged": Case(shape=_shape(500, H=1, K=128)),
-    "no decay": Case(shape=_shape(150, decay="none")),
+    "no decay": Case(shape=_shape(192, decay="none")),
     "packed": Case(shape=_shape(300, B=2), packed=True),
-    "packed, head": Case(shape=_shape(300, B=2, H=1, decay="head"), packed=True),
-    "groups": Case(shape=_shape(150, H=4, G=2, K=128)),
-    "groups, packed": Case(shape=_shape(200, B=2, H=3, G=1), packed=True),
-    "extreme gates": Case(shape=_shape(200), gates="extreme"),
-    "token, bonus": Case(shape=_shape(200, B=2, bonus=True), packed=True),
-    "wide": Case(shape=_shape(130, H=1, K=256, V=512, decay="head")),
-    "channel": Case(shape=_shape(200, K=128, decay="channel"), fresh=True),
+    "packed, head": Case(shape=_shape(256, B=2, H=1, decay="head"), packed=True),
+    "groups": Case(shape=_shape(192, H=4, G=2, K=128)),
+    "groups, packed": Case(shape=_shape(192, B=2, H=3, G=1), packed=True),
+    "extreme gates": Case(shape=_shape(192), gates="extreme"),
+    "token, bonus": Case(shape=_shape(192, B=2, bonus=True), packed=True),
+    "wide": Case(shape=_shape(128, H=1, K=256, V=512, decay="head")),
+    "channel": Case(shape=_shape(192, K=128, decay="channel"), fresh=True),
     "channel, ragged": Case(shape=_shape(63, B=2, V=128, decay="channel")),
     "channel, packed": Case(shape=_shape(300, B=2, decay="channel"), packed=True),
-    "channel, bonus": Case(shape=_shape(200, B=2, decay="channel", bonus=True), packed=True),
-    "channel, extreme gates": Case(shape=_shape(200, decay="channel"), gates="extreme"),
-    "channel, wide": Case(shape=_shape(70, H=1, K=256, V=256, decay="channel")),
+    "channel, bonus": Case(shape=_shape(192, B=2, decay="channel", bonus=True), packed=True),
+    "channel, extreme gates": Case(shape=_shape(192, decay="channel"), gates="extreme"),
+    "channel, wide": Case(shape=_shape(64, H=1, K=256, V=256, decay="channel")),
     "small widths": Case(shape=_shape(100, K=16, V=24)),
     "small widths, channel": Case(shape=_shape(100, K=16, V=24, decay="channel")),
 }
