@@ -79,3 +79,14 @@ class Gates:
         reading, _, gone = self.sums(head)
         parts = (spread(r, g.shape[1]) - g for r, g in zip(reading, gone, strict=True))
         return jnp.exp(jnp.where(seen, functools.reduce(jnp.add, parts), NEVER))
+
+    def lying_until(self, head):
+        """From what writes (along the lanes) to the state after, `[1, n]`."""
+        _, _, gone = self.sums(head)
+        return jnp.exp(functools.reduce(jnp.add, (g[:, -1:] - g for g in gone)))
+
+    def lying_since(self, head):
+        """From the state before to what reads (along the lanes), `[1, n]`."""
+        first = (self.tables - 1) * self.parts
+        rows = (self.rows[(first + part) * self.heads + head :][:1] for part in range(self.parts))
+        return jnp.exp(functools.reduce(jnp.add, rows))

@@ -50,6 +50,10 @@ class Pack:
             return x
         return _keep(x, self.key * head, self.key)
 
+    def of_values(self, head: int, x: jax.Array) -> jax.Array:
+        """x `[C, values]`, but 0 in the lanes of other heads."""
+        return x if self.heads == 1 else _keep(x, self.value * head, self.value)
+
     def by_head(self, of_head: Callable[[int], jax.Array], lanes: slice) -> jax.Array:
         """`[rows, lanes]`, in the lanes of head h those of `of_head(h)`, which has the lanes asked for, or one that
         stands for all."""

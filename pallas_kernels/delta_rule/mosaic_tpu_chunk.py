@@ -1,4 +1,4 @@
-"""One chunk of the delta rule on a TPU: the formulas of `chunked.py`.
+"""One chunk of the delta rule with one decay a channel on a TPU: the formulas of `chunked.py`.
 
 What reads, a and q, stands below one another in one matrix of 2 C rows; so do what writes, b and k, and what is
 written, u and v. Then one product makes all four tables of scores, and the sums over b u and k v are one product each.
@@ -14,8 +14,6 @@ import numpy as np
 
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import product
-from pallas_kernels.mosaic_tpu_gates import Gates
-from pallas_kernels.mosaic_tpu_gates import rows_of_tokens as gated_rows
 from pallas_kernels.mosaic_tpu_halving import (
     halvings,
     part_at,
@@ -24,7 +22,7 @@ from pallas_kernels.mosaic_tpu_halving import (
     to_middle,
     with_second_halves,
 )
-from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side, spread
+from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side
 
 
 class Tokens(NamedTuple):
@@ -40,61 +38,44 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """decay: "none", "scalar" (in `rows`, see `Gates`) or "vector" (in the tokens)."""
+    """A function for `Pure`."""
 
     pack: Pack
-    decay: str
     scale: float
     dtype: Any  # of the products' operands
 
     @property
     def name(self):
-        return f"delta_rule_{self.decay}"
+        return "delta_rule_vector"
 
     def __call__(self, blocks):
-        scalar = self.decay == "scalar"
-        gates = [Gates(rows, self.pack.heads, 2, self.dtype) if scalar else None for *_, rows in blocks]
-        scored = [self.scores(tokens, of_pack) for (_, _, tokens, _), of_pack in zip(blocks, gates, strict=True)]
+        scored = [self.scores(tokens) for _, _, tokens, _ in blocks]
         # All heads of all packs together, as one alone would wait for its products
         length, heads = blocks[0][2].v.shape[0], self.pack.heads
         lower = [jax.lax.stop_gradient(table[:length, :length]) for tables, *_ in scored for table in tables]
         inverses = unit_inverses(lower, self.dtype)
         return [
-            self.results(state, tokens.v, of_pack, inverses[number * heads : (number + 1) * heads], *found)
-            for number, ((_, state, tokens, _), of_pack, found) in enumerate(zip(blocks, gates, scored, strict=True))
+            self.results(state, tokens.v, inverses[number * heads : (number + 1) * heads], *found)
+            for number, ((_, state, tokens, _), found) in enumerate(zip(blocks, scored, strict=True))
         ]
 
-    def scores(self, tokens, gates):
-        """The tables of each head; what reads the state before the chunk, what writes the one after it, and the decay
-        between them (None: not here)."""
-        reading, writing = jnp.concatenate([tokens.a, tokens.q]), jnp.concatenate([tokens.b, tokens.k])
-        if self.decay == "vector":
-            return self.vector_tables(tokens, reading, writing)
-        return self.scalar_tables(reading, writing, gates), reading, writing, None
-
-    def results(self, state, v, gates, inverses, tables, since, until, total):
+    def results(self, state, v, inverses, tables, since, until, total):
         length = v.shape[0]
         # Of what a reads, with the inverse of its system; and of what q reads
         tables = [
             ((table[:length], inverse), table[length:]) for table, inverse in zip(tables, inverses, strict=True)
         ]
         by_units = [
-            self.unit(lanes, tables, state[:, lanes], v[:, lanes], since, until, total, gates)
+            self.unit(lanes, tables, state[:, lanes], v[:, lanes], since, until, total)
             for lanes in self.pack.units
         ]
         states, outs = zip(*by_units, strict=True)
         return side_by_side(states), side_by_side(outs)
 
-    def unit(self, lanes, tables, state, v, since, until, total, gates):
+    def unit(self, lanes, tables, state, v, since, until, total):
         """Some lanes of the state and the outputs."""
         pack, dtype, length = self.pack, self.dtype, v.shape[0]
         before = product(since, state, (1, 0), dtype)
-        if gates is not None:
-            width = lanes.stop - lanes.start
-            to_reading, to_end, whole = (
-                pack.by_head(lambda head, n=n: spread(gates.decays(head)[n], width), lanes) for n in range(3)
-            )
-            before = before * to_reading
 
         # What the tokens read before they write
         both = jnp.concatenate([jnp.zeros_like(v), v])
@@ -108,27 +89,13 @@ class Body:
         written = jnp.concatenate([u.astype(v.dtype), v])
         o = before[length:] + pack.by_head(lambda head: product(tables[head][1], written, (1, 0), dtype), lanes)
         # The state after it
-        if gates is not None:
-            written, state = written.astype(jnp.float32) * to_end, state * whole
-        if self.decay == "vector":
-            state = state * total
-        state = state + pack.blocks(product(until, written, (0, 0), dtype), lanes)
+        state = state * total + pack.blocks(product(until, written, (0, 0), dtype), lanes)
         return state, (o * self.scale).astype(v.dtype)
 
-    def scalar_tables(self, reading, writing, gates):
-        """Of each head `[2 C, 2 C]`."""
-        length = reading.shape[0] // 2
-        reader, i, j = _place(length, (2 * length, 2 * length))
-        seen = (i > j) | ((i == j) & reader)
-        found = []
-        for head in range(self.pack.heads):
-            scores = product(self.pack.of_keys(head, reading), writing, (1, 1), self.dtype)
-            found.append(jnp.where(seen, scores, 0.0) if gates is None else scores * gates.between(head, seen))
-        return found
-
-    def vector_tables(self, tokens, reading, writing):
-        """Of each head `[2 C, 2 C]`; and the reading and the writing vectors as they meet the state before and after
-        the chunk, and the decay of the state, `[keys, 1]`."""
+    def scores(self, tokens):
+        """The tables of each head, `[2 C, 2 C]`; the reading and the writing vectors as they meet the state before and
+        after the chunk, and the decay of the state, `[keys, 1]`."""
+        reading, writing = jnp.concatenate([tokens.a, tokens.q]), jnp.concatenate([tokens.b, tokens.k])
         heads, length = self.pack.heads, tokens.v.shape[0]
         log_decay = as_log_decay(tokens.log_decay, np.dtype(np.float32))
         own = self.heads_below(reading)
@@ -221,10 +188,3 @@ def _exact(a, b, axes, dtype):
 def _split(x):
     first = x.astype(jnp.bfloat16)
     return first, (x - first.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-def rows_of_tokens(log_decay, chunk: int, heads: int, dtype):
-    """What `Gates` are made from. Along the lanes the C tokens twice: what reads is a and q, what writes b and k."""
-    through = np.triu(np.ones((chunk, chunk), np.float32))  # up to and with the token
-    tables = [np.concatenate(pair, axis=1) for pair in ((through, through), (np.triu(through, 1), through))]
-    return gated_rows(log_decay, chunk, heads, dtype, tables)

@@ -101,9 +101,9 @@ def _twice_as_long(x, lower, size, length, dtype):
             [nothing if at & size else jnp.where((lane & -size) == at, part, 0.0) for at in blocks]
         )
 
-    parts = _parts(x, dtype)
-    below = _product(parts, [between(part) for part in _parts(lower, dtype)], dtype)
-    below = _product(_parts(below, dtype), [first_halves(part) for part in parts], dtype)
+    parts = parts_of(x, dtype)
+    below = _product(parts, [between(part) for part in parts_of(lower, dtype)], dtype)
+    below = _product(parts_of(below, dtype), [first_halves(part) for part in parts], dtype)
     return jnp.concatenate([jnp.where(first, x, 0.0), jnp.where(first, below, x)])
 
 
@@ -116,7 +116,7 @@ def _product(a, b, dtype):
     return found[:rows, :lanes] + found[rows:, :lanes] + found[:rows, lanes:]
 
 
-def _parts(x, dtype):
+def parts_of(x, dtype):
     """Numbers of this dtype, as float32, that add up to x but for 2^-17 of it."""
     if dtype == jnp.float32:
         return [x]
