@@ -1,8 +1,8 @@
 """The delta rule on a TPU by Pallas kernels (Mosaic), forward and backward: `chunked`'s formulas (arXiv 2406.06484
 section 3.2, 2412.06464 section 3.3) in bfloat16 products for bfloat16 inputs, in full precision for float32.
 
-`mosaic_tpu_chunks` makes the kernels of a chunk: by hand, `mosaic_tpu_scalar`, with one decay a head or none; of a function,
-`mosaic_tpu_chunk`, with one a channel. One token goes to `mosaic_tpu_step`.
+`mosaic_tpu_chunks` makes the kernels of a chunk: by hand, `mosaic_tpu_scalar`, with one decay a head or none; of a
+function, `mosaic_tpu_chunk`, with one a channel. One token goes to `mosaic_tpu_step`.
 """
 
 import functools

@@ -1,5 +1,5 @@
-"""One chunk of the delta rule with one decay a head, or none, on a TPU: `chunked.py`'s formulas over references, in stages
-small enough for the registers (see `mosaic_tpu_stages`)."""
+"""One chunk of the delta rule with one decay a head, or none, on a TPU: `chunked.py`'s formulas over references, in
+stages small enough for the registers (see `mosaic_tpu_stages`)."""
 
 import dataclasses
 from typing import Any

@@ -1,7 +1,7 @@
 """The gradients of a chunk of the delta rule with one decay a head, or none, on a TPU, over references, in stages.
 
-With R = [q; a] and W = [k; b], the scores A = (R W^T) * G for decays G, R' and W' decayed since the state S before the chunk
-and until the state after it, w that of the state itself, L the part of A that a has with b, and Y = [v; u]:
+With R = [q; a] and W = [k; b], the scores A = (R W^T) * G for decays G, R' and W' decayed since the state S before the
+chunk and until the state after it, w that of the state itself, L the part of A that a has with b, and Y = [v; u]:
 
     r = A_ak v + a' S,  u = (I - L)^-1 r,  o = A_q Y + q' S,  S_after = w S + W'^T Y.
 
@@ -200,8 +200,8 @@ class _Stages(NamedTuple):
         own.state[:, unit.lanes] = blocks(self.pack, found[len(heads) * length :], unit)
 
     def kept(self, unit):
-        """In a stage of its own, as the products are a long time in coming. The logarithm's cotangent is not by the decay
-        itself yet."""
+        """In a stage of its own, as the products are a long time in coming. The logarithm's cotangent is not by the
+        decay itself yet."""
         found, added = self.d_state[unit.one, :, unit.own], self.own.state[:, unit.lanes]
         if self.tables.whole is None:
             self.d_state[unit.one, :, unit.own] = found + added

@@ -31,8 +31,8 @@ def forward_shapes(chunk, step, length, keys, values) -> Forward:
 class Backward(NamedTuple):
     """For each head: the scores and the inverse (in parts) transposed; the decays of what reads and of what writes,
     `[2 C, 128]`; the cotangents of the scores, times decays, and transposed; of the logarithm of its state's decay
-    `[1, 128]`; sums of its scores' log decays, by what reads and by what writes. For each pack: what writes, decayed, and
-    what reads, decayed, transposed; their cotangents. For each value, `[C or 2 C, values of all packs]`: r, u, the
+    `[1, 128]`; sums of its scores' log decays, by what reads and by what writes. For each pack: what writes, decayed,
+    and what reads, decayed, transposed; their cotangents. For each value, `[C or 2 C, values of all packs]`: r, u, the
     cotangents of v from the state and of u, dB; and `[keys, values of all packs]` what is added to the state's."""
 
     scores: Any

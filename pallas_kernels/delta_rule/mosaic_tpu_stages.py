@@ -1,9 +1,9 @@
 """Work on a chunk in stages on a TPU, each a block of instructions small enough for the registers, which leaves what it
 found in scratch memory.
 
-The compiler's scheduler starts within a block whatever can be started, and runs out of registers where a block has much
-that does not depend on one another; from one block to the next it moves nothing. Each block has several packs of heads, or
-units of their values, in it, as one alone would wait for its own products.
+The compiler's scheduler starts within a block whatever can be started, and runs out of registers where a block has
+much that does not depend on one another; from one block to the next it moves nothing. Each block has several packs of
+heads, or units of their values, in it, as one alone would wait for its own products.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def few_packs(keys: int) -> int:
 
 
 def in_blocks(count: int, at_once: int, body: Callable[[Any], None]) -> None:
-    """body(n) for n = 0 .. count - 1, at most `at_once` of them in one block of instructions. (Stages of one block each, one
-    after the other, become one, all the same.)"""
+    """body(n) for n = 0 .. count - 1, at most `at_once` of them in one block of instructions. (Stages of one block
+    each, one after the other, become one, all the same.)"""
     at_once = divisor(count, at_once)
     if count == at_once:
         # Always so, which the compiler does not know

@@ -1,8 +1,8 @@
-"""What the delta rule's chunks with one decay a head, or none, make first on a TPU, forward and backward, over references:
-the tables of scores and the inverses of the triangular systems.
+"""What the delta rule's chunks with one decay a head, or none, make first on a TPU, forward and backward, over
+references: the tables of scores and the inverses of the triangular systems.
 
-What reads, q and a, stands below one another in one matrix of 2 C rows; so do what writes, k and b, and what is written,
-v and u. Then one product makes all four tables of a head.
+What reads, q and a, stands below one another in one matrix of 2 C rows; so do what writes, k and b, and what is
+written, v and u. Then one product makes all four tables of a head.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,9 @@ from pallas_kernels.mosaic_tpu_packs import Pack, spread
 
 class Tables(NamedTuple):
     """Scratch. For each head: scores, masked and decayed, `[2 C, 2 C]`; decays between tokens, of the same shape; the
-    inverse, in parts below one another `[parts C, C]`; the decay of its state, `[1, 128]`. For each pack: q and a, decayed
-    since the state before the chunk, `[2 C, keys]`. For sets of heads, see `invert`: the triangular matrices and their
-    inverses."""
+    inverse, in parts below one another `[parts C, C]`; the decay of its state, `[1, 128]`. For each pack: q and a,
+    decayed since the state before the chunk, `[2 C, keys]`. For sets of heads, see `invert`: the triangular matrices
+    and their inverses."""
 
     scores: Any
     between: Any
@@ -182,8 +182,8 @@ def tall_product(left, right, dtype):
 
 
 def sums_lying(x, dtype, heads: int = 1, width: int = 0):
-    """Of the rows of a float32 matrix `[n, lanes]` the sums over each head's lanes, `[8 or more, n]`: a product, as sums
-    over lanes would keep the cross-lane unit busy for longer."""
+    """Of the rows of a float32 matrix `[n, lanes]` the sums over each head's lanes, `[8 or more, n]`: a product, as
+    sums over lanes would keep the cross-lane unit busy for longer."""
     ones = jnp.ones((-(-heads // ROWS) * ROWS, x.shape[1]), jnp.float32)
     if heads > 1:
         head, lane = (jax.lax.broadcasted_iota(jnp.int32, ones.shape, axis) for axis in (0, 1))
