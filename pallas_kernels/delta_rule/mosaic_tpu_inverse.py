@@ -1,0 +1,102 @@
+"""Inverses of unit triangular matrices on a TPU, over references: those of several heads side by side in the lanes.
+
+A head's matrix of 64 x 64 fills half of the lanes of a register, so that two heads are worked on as one set `[C, n C]`,
+the columns `h C .. (h + 1) C` of which are head h's:
+
+    side, sets = sets_of(heads, C)    # n, and how many sets; places left over in the last one are to hold 0
+    invert(lower, inverse, dtype)     # (I - lower)^-1 of each
+
+`lower`, `inverse`: references `[sets, C, n C]`, float32, which may be the same. C: a power of two from 8. lower: 0 on and
+above the diagonals. dtype: of the op's inputs. Products are in full precision for float32, and for bfloat16 of the first
+16 bits of float32 numbers. Sets do not wait for one another, so that it is well to have two or three of them at once.
+
+A set keeps of its blocks on the diagonal only these, below one another in as many rows as one of them has: blocks of 8 are
+one register, and a few operations on it invert them all. Then by halves, as `blocks.unit_inverse`: of blocks twice as
+long, [[X, 0], [Y M X, Y]], where M is what lies below the diagonal between the halves.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_tpu_chunks import LANES, product
+
+ROWS = 8  # of a register
+
+
+def sets_of(heads: int, length: int) -> tuple[int, int]:
+    """(how many heads lie side by side, how many such sets there are)."""
+    side = max(LANES // length, 1)
+    return side, -(-heads // side)
+
+
+def invert(lower, inverse, dtype) -> None:
+    sets, length, lanes = lower.shape
+    found = [_inverses_of_registers(lower[one]) for one in range(sets)]
+    size = ROWS
+    while size < length:
+        found = [_twice_as_long(x, lower[one], size, length, dtype) for one, x in enumerate(found)]
+        size *= 2
+    for one in range(sets):
+        inverse[one] = found[one]
+
+
+def _inverses_of_registers(lower):
+    """`[8, n C]`, the inverses of the blocks of 8, column by column of the matrices."""
+    length, lanes = lower.shape
+    block = _lane(lanes) & (length - 1) & -ROWS
+    own = jnp.zeros((ROWS, lanes), jnp.float32)
+    for start in range(0, length, ROWS):
+        own = jnp.where(block == start, lower[start : start + ROWS], own)
+    lane = jax.lax.broadcasted_iota(jnp.int32, own.shape, 1)
+    first, column = lane & -ROWS, lane & (ROWS - 1)
+    x = jnp.where(column == jax.lax.broadcasted_iota(jnp.int32, own.shape, 0), 1.0, 0.0)
+    for k in range(ROWS - 1):
+        x = x + jnp.take_along_axis(own, first + k, axis=1, mode="promise_in_bounds") * x[k : k + 1]
+    return x
+
+
+def _twice_as_long(x, lower, size, length, dtype):
+    """From the inverses of the blocks of `size`, `[size, n C]`, those of the blocks of 2 x size."""
+    lanes = x.shape[1]
+    lane = _lane(lanes)
+    first = (lane & size) == 0  # in the first half of its block
+    blocks = range(0, lanes, size)
+    nothing = jnp.zeros_like(x)
+
+    def between(part):  # rows of second halves, columns of first ones
+        rows = (part[at % length : at % length + size] for at in blocks)
+        own = ((lane & -size) == at - size for at in blocks)
+        return jnp.concatenate(
+            [jnp.where(m, row, 0.0) if at & size else nothing for at, row, m in zip(blocks, rows, own, strict=True)]
+        )
+
+    def first_halves(part):
+        return jnp.concatenate(
+            [nothing if at & size else jnp.where((lane & -size) == at, part, 0.0) for at in blocks]
+        )
+
+    parts = _parts(x, dtype)
+    below = _product(parts, [between(part) for part in _parts(lower, dtype)], dtype)
+    below = _product(_parts(below, dtype), [first_halves(part) for part in parts], dtype)
+    return jnp.concatenate([jnp.where(first, x, 0.0), jnp.where(first, below, x)])
+
+
+def _product(a, b, dtype):
+    """From what `_parts` gives."""
+    if len(a) == 1:
+        return product(a[0], b[0], (1, 0), dtype)
+    rows = a[0].shape[0]
+    both = product(jnp.concatenate(a), b[0], (1, 0), dtype)
+    return both[:rows] + both[rows:] + product(a[0], b[1], (1, 0), dtype)
+
+
+def _parts(x, dtype):
+    """Numbers of this dtype, as float32, that add up to x but for 2^-17 of it."""
+    if dtype == jnp.float32:
+        return [x]
+    first = x.astype(dtype).astype(jnp.float32)
+    return [first, x - first]
+
+
+def _lane(lanes):
+    return jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
