@@ -85,9 +85,9 @@ def _product(a, b, dtype):
     """From what `_parts` gives."""
     if len(a) == 1:
         return product(a[0], b[0], (1, 0), dtype)
-    rows = a[0].shape[0]
-    both = product(jnp.concatenate(a), b[0], (1, 0), dtype)
-    return both[:rows] + both[rows:] + product(a[0], b[1], (1, 0), dtype)
+    rows, lanes = a[0].shape
+    found = product(jnp.concatenate(a), jnp.concatenate(b, axis=1), (1, 0), dtype)
+    return found[:rows, :lanes] + found[rows:, :lanes] + found[:rows, lanes:]
 
 
 def _parts(x, dtype):
