@@ -226,3 +226,14 @@ def _places(x, half, *, rows=False):
     """Of what b and k write: `[b, k]`, or `[a with b, a with k, q with b, q with k]`."""
     moved = pltpu.roll(x, LANES - half, 1)
     return (x, moved, pltpu.roll(x, half, 0), pltpu.roll(moved, half, 0)) if rows else (x, moved)
+
+
+def split(x):
+    """The first 16 bits of a float32 as two bfloat16."""
+    first = x.astype(jnp.bfloat16)
+    return [first, (x - first.astype(jnp.float32)).astype(jnp.bfloat16)]
+
+
+def across(row, lanes):
+    """`[1, n]` as a column, alike in as many lanes."""
+    return jnp.broadcast_to(row, (lanes, row.shape[1])).T
