@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.delta_rule import mosaic_tpu_vector_backward as gradients
 from pallas_kernels.delta_rule import mosaic_tpu_vector_tables as tables
 from pallas_kernels.delta_rule.mosaic_tpu_inverse import invert
-from pallas_kernels.delta_rule.mosaic_tpu_vector_tables import CHUNK, across, apart, keep_lanes, lanes_of, sets_of, split
+from pallas_kernels.delta_rule.mosaic_tpu_vector_tables import CHUNK, across, apart, blocks, keep_lanes, lanes_of, sets_of, split
 from pallas_kernels.mosaic_tpu_chunks import product
 from pallas_kernels.mosaic_tpu_packs import Pack
 
@@ -58,15 +58,12 @@ class Vector:
         def _(number):
             gradients.of_states(pack, dtype, number, before, d_state, refs)
 
-        @pl.loop(0, len(packs))
-        def _(number):
-            gradients.of_pairs(pack, dtype, number, refs)
+        for stage in (gradients.of_pairs, gradients.of_vectors):
+            for kind in range(2):
 
-        for kind in range(2):
-
-            @pl.loop(0, len(packs))
-            def _(number, kind=kind):
-                gradients.of_vectors(pack, dtype, number, kind, refs)
+                @pl.loop(0, len(packs))
+                def _(number, stage=stage, kind=kind):
+                    stage(pack, dtype, number, kind, refs)
 
         @pl.loop(0, len(packs))
         def _(number):
@@ -93,7 +90,7 @@ class Vector:
             found = found[CHUNK:] + self.tabled(refs["of_writes"], number, u, unit)
             o[:, at] = (found * self.scale).astype(o.dtype)
             written = product(writing, jnp.concatenate([u, values]), (0, 0), dtype)
-            state[number, :, unit] = old * total + pack.blocks(written, unit)
+            state[number, :, unit] = old * total + blocks(number, written, pack, unit)
 
     def solution(self, number, before, v, refs):
         """What `results` writes, into `refs["written"]`."""
@@ -124,16 +121,16 @@ class Vector:
         for one in range(sets):
             matrix = table[number * sets + one]
             if transposed:
-                found += self.together(product(matrix, x, (0, 0), self.dtype), one, unit)
+                found += self.together(number, product(matrix, x, (0, 0), self.dtype), one, unit)
             else:
-                found += product(matrix, apart(x, one, self.pack.value, unit.start), (1, 0), self.dtype)
+                found += product(matrix, apart(number, x, one, self.pack.value, unit.start), (1, 0), self.dtype)
         return found
 
-    def together(self, x, one, unit):
+    def together(self, number, x, one, unit):
         """The way back from `apart`."""
         heads = (x[head * CHUNK : (head + 1) * CHUNK] for head in range(2))
         width = self.pack.value
-        return sum(keep_lanes(x, (2 * one + head) * width - unit.start, width) for head, x in enumerate(heads))
+        return sum(keep_lanes(number, x, (2 * one + head) * width - unit.start, width) for head, x in enumerate(heads))
 
     def solved(self, inverse, number, x, unit, *, transposed=False):
         """In more than bfloat16: see `mosaic_tpu_chunk.solve`."""
@@ -147,9 +144,9 @@ class Vector:
                 (m, m_rest), (y, y_rest) = matrix, parts
                 both = product(m, y, (0, 0), self.dtype)
                 both = both + (product(m_rest, y, (0, 0), self.dtype) + product(m, y_rest, (0, 0), self.dtype))
-                found += self.together(both, one, unit)
+                found += self.together(number, both, one, unit)
             else:
-                y, y_rest = (apart(part, one, self.pack.value, unit.start) for part in parts)
+                y, y_rest = (apart(number, part, one, self.pack.value, unit.start) for part in parts)
                 both = product(jnp.concatenate(matrix), y, (1, 0), self.dtype)
                 found += both[:CHUNK] + (both[CHUNK:] + product(matrix[0], y_rest, (1, 0), self.dtype))
         return found

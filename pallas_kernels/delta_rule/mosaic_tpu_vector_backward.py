@@ -19,7 +19,6 @@ what was written before and is read after the chunk, and of the state that goes 
 not come later: where nothing later has a cotangent it is exactly 0.
 """
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
@@ -30,12 +29,15 @@ from pallas_kernels.delta_rule.mosaic_tpu_vector_tables import (
     ROWS,
     across,
     apart,
+    blocks,
     lanes_of,
+    places,
+    registers,
     sets_of,
     split,
+    swap,
 )
 from pallas_kernels.mosaic_tpu_chunks import product
-from pallas_kernels.mosaic_tpu_halving import exchange, in_second_half
 
 NEVER = -104.0  # a log decay below it is a decay to nothing, in float32: without gradient
 
@@ -51,8 +53,8 @@ def scratch(pack, step, dtype):
         # Of a, q (decayed by its own token), b, k; the latter two without what goes into the state
         "found": pltpu.VMEM((step, 4, CHUNK, pack.keys), jnp.float32),
         "kept": pltpu.VMEM((step, 2, CHUNK, pack.keys), jnp.float32),  # of b and k, by the state
-        # Products of vectors with their gradients
-        "moved": pltpu.VMEM((step, 3 * CHUNK, pack.keys), jnp.float32),
+        # Products of vectors with their gradients, of a for the token before; and of those with the state's part of it
+        "moved": pltpu.VMEM((step, 2 * CHUNK, pack.keys), jnp.float32),
         "through": pltpu.VMEM((step, ROWS, pack.keys), jnp.float32),
     }
 
@@ -67,7 +69,7 @@ def of_states(pack, dtype, number, before, d_state, refs):
         of_writing += product(written, later, (1, 1), dtype)
         ones = jnp.ones((ROWS, unit.stop - unit.start), jnp.float32)
         of_total += product(ones, state * later, (1, 1), dtype)
-        earlier = pack.blocks(product(refs["ends"][number, 0], read, (0, 0), dtype), unit)
+        earlier = blocks(number, product(refs["ends"][number, 0], read, (0, 0), dtype), pack, unit)
         d_state[number, :, unit] = later * across(refs["total"][number, :1], unit.stop - unit.start) + earlier
     since, until = refs["outer"][number, 0], refs["outer"][number, 1]
     for n in range(2):
@@ -77,53 +79,59 @@ def of_states(pack, dtype, number, before, d_state, refs):
     refs["through"][number] = of_total * refs["total"][number]
 
 
-def of_pairs(pack, dtype, number, refs):
-    """The cotangents of the products by halves, for a pack."""
-    read, written = refs["read"][number].astype(jnp.float32), refs["written"][number].astype(jnp.float32)
-    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), axis) for axis in (0, 1))
+def of_pairs(pack, dtype, number, kind, refs):
+    """The cotangents of the products by halves, for a pack. kind: 0 as what reads (rows) by what writes, 1 the other way."""
+    row, lane = places(number, (ROWS, LANES))
+    column, block = lane & (ROWS - 1), lane & (CHUNK - ROWS)
+    of_two = [registers(refs["read"][number].astype(jnp.float32)), registers(refs["written"][number].astype(jnp.float32))]
     for level, half in enumerate(HALVES):
-        rows = taking_turns(read[:CHUNK], read[CHUNK:], half, 1).astype(dtype)
-        columns = taking_turns(written[:CHUNK], written[CHUNK:], half, 0).astype(dtype)
-        parts = (row ^ (lane & (CHUNK - 1))) < 2 * half
+        x, y = (
+            jnp.concatenate(taking_turns(x[: len(x) // 2], x[len(x) // 2 :], half, 1 - n, row)).astype(dtype)
+            for n, x in enumerate(of_two)
+        )
+        x, y = (y, x) if kind else (x, y)
+        near = (row ^ column) < 2 * half
         for one in range(sets_of(pack)):
-            for kind, (x, y) in enumerate(((rows, columns), (columns, rows))):
-                found = product(x, apart(y, one, pack.value), (1, 1), dtype)
-                refs["of_pairs"][number * sets_of(pack) + one, level, kind] = jnp.where(parts, found, 0.0).astype(dtype)
+            found = registers(product(x, apart(number, y, one, pack.value), (1, 1), dtype))
+            for n, start in enumerate(range(0, CHUNK, ROWS)):
+                size = max(2 * half, ROWS)
+                parts = (block & -size) == (start & -size)
+                found[n] = jnp.where(parts & near if half < ROWS else parts, found[n], 0.0)
+            refs["of_pairs"][number * sets_of(pack) + one, level, kind] = jnp.concatenate(found).astype(dtype)
 
 
 def of_vectors(pack, dtype, number, kind, refs):
     """What the products by halves add to `found`. kind: 0 for what reads, 1 for what writes."""
-    rows = range(0, CHUNK, ROWS)
+    starts = range(0, CHUNK, ROWS)
+    own, other = ([jnp.zeros((ROWS, pack.keys), jnp.float32)] * len(starts) for _ in range(2))
     if kind == 0:
-        own, other = ([refs["found"][number, n, start : start + ROWS] for start in rows] for n in range(2))
-    else:
-        own, other = ([jnp.zeros((ROWS, pack.keys), jnp.float32) for _ in rows] for _ in range(2))
+        own, other = (registers(refs["found"][number, n]) for n in range(2))
+    row = places(number, own[0].shape)[0]
     for level, half in enumerate(HALVES):
         found = 0.0
         for one in range(sets_of(pack)):
-            beside = apart(refs["pairs"][number, level, 1 - kind], one, pack.key)
+            beside = apart(number, refs["pairs"][number, level, 1 - kind], one, pack.key)
             found += product(refs["of_pairs"][number * sets_of(pack) + one, level, kind], beside, (1, 0), dtype)
-        exchanged = exchange(found, half) if half < ROWS else None
-        for n, start in enumerate(rows):
-            here = slice(start, start + ROWS)
-            decay = refs["middles"][number, level - 1, here] if half > 1 else jnp.ones((ROWS, pack.keys), jnp.float32)
+        found, second = registers(found), row & half != 0
+        for n, start in enumerate(starts):
+            decay = refs["middles"][number, level - 1, start : start + ROWS] if half > 1 else 1.0
             if half < ROWS:
-                decay = jnp.where(in_second_half(decay, half) == (kind == 0), decay, 0.0)
-                own[n], other[n] = own[n] + found[here] * decay, other[n] + exchanged[here] * decay
+                here, there = found[n] * decay, swap(found[n], half, second) * decay
+                keep = second if kind == 0 else ~second
+                own[n], other[n] = own[n] + jnp.where(keep, here, 0.0), other[n] + jnp.where(keep, there, 0.0)
             elif bool(start & half) == (kind == 0):
-                there = start ^ half
-                own[n], other[n] = own[n] + found[here] * decay, other[n] + found[there : there + ROWS] * decay
-    refs["found"][number, 2 * kind], refs["found"][number, 2 * kind + 1] = jnp.concatenate(own), jnp.concatenate(other)
+                own[n], other[n] = own[n] + found[n] * decay, other[n] + found[(start ^ half) // ROWS] * decay
+    for n, x in enumerate((own, other)):
+        refs["found"][number, 2 * kind + n] = jnp.concatenate(x)
 
 
 def of_tokens(pack, dtype, number, tokens, d_tokens, refs):
     """The gradients of q, k, a and b of a pack; and what that of the log decay is made of."""
     keys = lanes_of(number, pack.keys)
     read = refs["read"][number, CHUNK:].astype(jnp.float32)
-    key, value = (jax.lax.broadcasted_iota(jnp.int32, (pack.values, pack.keys), axis) for axis in (1, 0))
-    same = jnp.where(key // pack.key == value // pack.value, 1.0, 0.0)
+    same = blocks(number, jnp.ones((pack.keys, pack.values), jnp.float32), pack, slice(0, pack.values)).astype(dtype)
     own_b, own_k = (
-        product(read * refs["written"][number, n * CHUNK : (n + 1) * CHUNK].astype(jnp.float32), same, (1, 0), dtype)
+        product(read * refs["written"][number, n * CHUNK : (n + 1) * CHUNK].astype(jnp.float32), same, (1, 1), dtype)
         for n in range(2)
     )
     q, k, a, b = (x[:, keys].astype(jnp.float32) for x in (tokens.q, tokens.k, tokens.a, tokens.b))
@@ -131,9 +139,11 @@ def of_tokens(pack, dtype, number, tokens, d_tokens, refs):
     d_a, d_q, d_b, d_k = (refs["found"][number, n] for n in range(4))
     kept_b, kept_k = refs["kept"][number, 0], refs["kept"][number, 1]
     d_q = d_q * decay
-    refs["moved"][number, :CHUNK] = q * d_q - b * d_b - k * d_k
-    refs["moved"][number, CHUNK : 2 * CHUNK] = a * d_a
-    refs["moved"][number, 2 * CHUNK :] = b * kept_b + k * kept_k
+    moved, later = registers(q * d_q - b * d_b - k * d_k), [pltpu.roll(x, ROWS - 1, 0) for x in registers(a * d_a)]
+    last = places(number, later[0].shape)[0] == ROWS - 1
+    later = [jnp.where(last, *pair) for pair in zip([*later[1:], jnp.zeros_like(later[0])], later, strict=True)]
+    refs["moved"][number, :CHUNK] = jnp.concatenate([x + y for x, y in zip(moved, later, strict=True)])
+    refs["moved"][number, CHUNK:] = b * kept_b + k * kept_k
     d_tokens.a[:, keys] = d_a.astype(d_tokens.a.dtype)
     d_tokens.q[:, keys] = (d_q + own_b * b + own_k * k).astype(d_tokens.q.dtype)
     d_tokens.b[:, keys] = (d_b + kept_b + own_b * q).astype(d_tokens.b.dtype)
@@ -142,24 +152,20 @@ def of_tokens(pack, dtype, number, tokens, d_tokens, refs):
 
 def of_log_decay(pack, dtype, number, tokens, d_tokens, refs):
     keys = lanes_of(number, pack.keys)
-    token, column = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, 3 * CHUNK), axis) for axis in (0, 1))
-    other, part = column & (CHUNK - 1), column // CHUNK
-    # From the token on, after it, before it
-    counted = ((part < 2) & (other > token)) | ((part == 0) & (other == token)) | ((part == 2) & (other < token))
-    counted, moved = jnp.where(counted, 1.0, 0.0), refs["moved"][number]
+    token, column = places(number, (CHUNK, 2 * CHUNK))
+    counted = ((column < CHUNK) & (column >= token)) | ((column >= CHUNK) & (column < token + CHUNK))
+    counted, moved = jnp.where(counted, 1.0, 0.0).astype(dtype), refs["moved"][number]
     parts = [moved] if dtype == jnp.float32 else split(moved)
     found = sum(product(counted, x, (1, 0), dtype) for x in parts) + refs["through"][number, :1]
     d_tokens.log_decay[:, keys] = jnp.where(tokens.log_decay[:, keys] > NEVER, found, 0.0)
 
 
-def taking_turns(x, y, half, second):
-    """Rows of x in second halves of blocks of 2 h tokens (or in first ones), between them those of y on the other side."""
-    if half < ROWS:
-        own, y = in_second_half(x, half) == (second == 1), exchange(y, half)
-        return jnp.where(own, x, y)
-    parts = []
-    for start in range(0, x.shape[0], half):
-        own = bool(start & half) == (second == 1)
-        start = start if own else start ^ half
-        parts.append((x if own else y)[start : start + half])
-    return jnp.concatenate(parts)
+def taking_turns(x, y, half, side, row):
+    """Of registers: rows of x in second halves of blocks of 2 h tokens (side 1) or in first ones (0), between them those
+    of y from the other side."""
+    if half >= ROWS:
+        at = half // ROWS
+        return [x[n] if bool(n & at) == (side == 1) else y[n ^ at] for n in range(len(x))]
+    second = row & half != 0
+    pairs = ((one, swap(other, half, second)) for one, other in zip(x, y, strict=True))
+    return [jnp.where(second, *(pair if side else pair[::-1])) for pair in pairs]

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu_chunks import LANES, product
-from pallas_kernels.mosaic_tpu_halving import exchange, in_second_half, part_at, parting
+from pallas_kernels.mosaic_tpu_halving import part_at, parting
 
 CHUNK = 64  # two heads' tables side by side fill the lanes
 HALVES = (1, 2, 4, 8, 16, 32)
@@ -62,18 +62,45 @@ def lanes_of(number, width, unit=slice(None)):
     return pl.ds(pl.multiple_of(number * width + start, LANES), stop - start)
 
 
-def keep_lanes(x, start, width):
+def places(number, shape):
+    """(row, column) of each entry. Computed anew at each turn of a loop, as they hang on its number: kept for all loops of
+    a kernel, they and the masks made from them take most registers that there are."""
+    turn = number << 16
+    return tuple((jax.lax.broadcasted_iota(jnp.int32, shape, axis) + turn) & 0xFFFF for axis in (0, 1))
+
+
+def keep_lanes(number, x, start, width):
     """x, but 0 outside of some lanes."""
     if start <= 0 and start + width >= x.shape[1]:
         return x
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where((lane >= start) & (lane < start + width), x, jnp.zeros((), x.dtype))
+    lane = places(number, (ROWS, x.shape[1]))[1]
+    mask = jnp.where((lane >= start) & (lane < start + width), -1, 0)
+    bits = pltpu.bitcast(x, jnp.int32)  # of two rows in one, with bfloat16
+    return pltpu.bitcast(bits & jnp.concatenate([mask] * (bits.shape[0] // ROWS)), x.dtype)
 
 
-def apart(x, one, width, offset=0):
+def apart(number, x, one, width, offset=0):
     """x `[C, lanes]` for both heads of a set below one another, each 0 in the other heads' lanes. width: of a head;
     offset: of the lanes."""
-    return jnp.concatenate([keep_lanes(x, (2 * one + head) * width - offset, width) for head in range(2)])
+    return jnp.concatenate([keep_lanes(number, x, (2 * one + head) * width - offset, width) for head in range(2)])
+
+
+def blocks(number, x, pack, unit):
+    """Some lanes of a state, but 0 outside of the heads' blocks."""
+    heads = range(pack.heads)
+    rows = (x[head * pack.key : (head + 1) * pack.key] for head in heads)
+    kept = (keep_lanes(number, part, head * pack.value - unit.start, pack.value) for head, part in zip(heads, rows))
+    return x if pack.heads == 1 else jnp.concatenate(list(kept))
+
+
+def registers(x):
+    return [x[start : start + ROWS] for start in range(0, x.shape[0], ROWS)]
+
+
+def swap(x, half, second):
+    """Rows t with rows t ^ half, of a register. second: whether a row is in the second half of its block of 2 x half."""
+    back = pltpu.roll(x, half, 0)
+    return back if 2 * half == ROWS else jnp.where(second, back, pltpu.roll(x, ROWS - half, 0))
 
 
 def decay_within_spans(tokens, pack, refs):
@@ -81,28 +108,39 @@ def decay_within_spans(tokens, pack, refs):
 
     def span(number, at):
         rows, lanes = pl.ds(pl.multiple_of(at * SPAN, SPAN), SPAN), lanes_of(number, pack.keys)
-        q, k, a, b = (x[rows, lanes].astype(jnp.float32) for x in (tokens.q, tokens.k, tokens.a, tokens.b))
-        total = jnp.exp(tokens.log_decay[rows, lanes].astype(jnp.float32))
-        q = q * total
-        reading = rest = jnp.ones_like(total)
+        q, k, a, b = (registers(x[rows, lanes].astype(jnp.float32)) for x in (tokens.q, tokens.k, tokens.a, tokens.b))
+        total = registers(jnp.exp(tokens.log_decay[rows, lanes].astype(jnp.float32)))
+        q = [x * decay for x, decay in zip(q, total, strict=True)]
+        reading = rest = [jnp.ones_like(total[0])] * 2
+        row = places(number, total[0].shape)[0]
+
+        def put(ref, parts):
+            ref[...] = jnp.concatenate(parts).astype(ref.dtype)
+
         for level, half in enumerate(HALVES[:4]):
-            second = in_second_half(total, half)
-            own, other = jnp.where(second, a, b), jnp.where(second, q, k)
-            if half > 1:
-                decay = jnp.where(second, reading, rest)
-                own, other = own * decay, other * decay
-                if "middles" in refs:
-                    refs["middles"][number, level - 1, rows] = decay
-            other = exchange(other, half)
-            refs["pairs"][number, level, 0, rows] = jnp.where(second, own, other).astype(tokens.q.dtype)
-            refs["pairs"][number, level, 1, rows] = jnp.where(second, other, own).astype(tokens.q.dtype)
-            neighbour = exchange(total, half)
-            reading = jnp.where(second, reading * neighbour, reading)
-            rest = jnp.where(second, rest, rest * neighbour)
-            total = total * neighbour
-        refs["spans"][number, 0, rows] = reading
-        refs["spans"][number, 1, rows] = rest
-        refs["totals"][number, at] = total[:ROWS]
+            pair = refs["pairs"].at[number, level]
+            if half == ROWS:
+                put(pair.at[0, rows], [q[1] * reading[1], a[1] * reading[1]])
+                put(pair.at[1, rows], [b[0] * rest[0], k[0] * rest[0]])
+                decay = [rest[0], reading[1]]
+                reading, rest = [reading[0], reading[1] * total[0]], [rest[0] * total[1], rest[1]]
+                total = [total[0] * total[1]] * 2
+            else:
+                second = row & half != 0
+                decay = [jnp.where(second, *x) for x in zip(reading, rest, strict=True)]
+                own = [jnp.where(second, *x) * by for *x, by in zip(a, b, decay, strict=True)]
+                other = [swap(jnp.where(second, *x) * by, half, second) for *x, by in zip(q, k, decay, strict=True)]
+                put(pair.at[0, rows], [jnp.where(second, *x) for x in zip(own, other, strict=True)])
+                put(pair.at[1, rows], [jnp.where(second, *x) for x in zip(other, own, strict=True)])
+                neighbour = [swap(x, half, second) for x in total]
+                reading = [x * jnp.where(second, by, 1.0) for x, by in zip(reading, neighbour, strict=True)]
+                rest = [x * jnp.where(second, 1.0, by) for x, by in zip(rest, neighbour, strict=True)]
+                total = [x * by for x, by in zip(total, neighbour, strict=True)]
+            if half > 1 and "middles" in refs:
+                put(refs["middles"].at[number, level - 1, rows], decay)
+        put(refs["spans"].at[number, 0, rows], reading)
+        put(refs["spans"].at[number, 1, rows], rest)
+        refs["totals"][number, at] = total[0]
 
     for_all(refs["pairs"].shape[0], CHUNK // SPAN, span)
 
@@ -181,11 +219,10 @@ def _tables(tokens, pack, refs, dtype, number, one):
     lanes = lanes_of(number, pack.keys)
 
     def of_level(level):
-        return product(pairs[number, level, 0], apart(pairs[number, level, 1], one, pack.key), (1, 1), dtype)
+        return product(pairs[number, level, 0], apart(number, pairs[number, level, 1], one, pack.key), (1, 1), dtype)
 
-    lane = jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
-    row, column = jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0), lane & (ROWS - 1)
-    block = lane & (CHUNK - ROWS)
+    row, lane = places(number, (ROWS, LANES))
+    column, block = lane & (ROWS - 1), lane & (CHUNK - ROWS)
 
     def on_diagonal(x):
         """Blocks of 8, one beside the other."""
@@ -197,7 +234,7 @@ def _tables(tokens, pack, refs, dtype, number, one):
     q = tokens.q[:, lanes]
     small = [jnp.zeros((ROWS, LANES), jnp.float32)] * 2
     for written in (tokens.b[:, lanes], tokens.k[:, lanes]):
-        itself = on_diagonal(product(q, apart(written, one, pack.key), (1, 1), dtype))
+        itself = on_diagonal(product(q, apart(number, written, one, pack.key), (1, 1), dtype))
         small.append(jnp.where(row == column, itself, 0.0))
     for level, half in enumerate(HALVES[:3]):
         found, parts = on_diagonal(of_level(level)), part_at(parting(row, column), half)
