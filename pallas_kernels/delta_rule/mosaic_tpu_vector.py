@@ -58,16 +58,23 @@ class Vector:
         def _(number):
             gradients.of_states(pack, dtype, number, before, d_state, refs)
 
-        for stage in (gradients.of_pairs, gradients.of_vectors):
-            for kind in range(2):
+        for levels in (range(3), range(3, 6)):
 
-                @pl.loop(0, len(packs))
-                def _(number, stage=stage, kind=kind):
-                    stage(pack, dtype, number, kind, refs)
+            @pl.loop(0, len(packs))
+            def _(number, levels=levels):
+                gradients.of_pairs(pack, dtype, number, levels, refs)
+
+        for kind in range(2):
+
+            @pl.loop(0, len(packs))
+            def _(number, kind=kind):
+                gradients.of_vectors(pack, dtype, number, kind, refs)
 
         @pl.loop(0, len(packs))
         def _(number):
-            gradients.of_tokens(pack, dtype, number, tokens, d_tokens, refs)
+            @pl.loop(0, CHUNK // tables.SPAN)
+            def _(at):
+                gradients.of_tokens(pack, number, at, tokens, d_tokens, refs)
 
         @pl.loop(0, len(packs))
         def _(number):

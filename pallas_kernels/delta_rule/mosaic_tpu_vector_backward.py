@@ -20,6 +20,7 @@ not come later: where nothing later has a cotangent it is exactly 0.
 """
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.delta_rule.mosaic_tpu_vector_tables import (
@@ -27,6 +28,7 @@ from pallas_kernels.delta_rule.mosaic_tpu_vector_tables import (
     HALVES,
     LANES,
     ROWS,
+    SPAN,
     across,
     apart,
     blocks,
@@ -53,8 +55,10 @@ def scratch(pack, step, dtype):
         # Of a, q (decayed by its own token), b, k; the latter two without what goes into the state
         "found": pltpu.VMEM((step, 4, CHUNK, pack.keys), jnp.float32),
         "kept": pltpu.VMEM((step, 2, CHUNK, pack.keys), jnp.float32),  # of b and k, by the state
-        # Products of vectors with their gradients, of a for the token before; and of those with the state's part of it
+        "own": pltpu.VMEM((step, 2, CHUNK, pack.keys), jnp.float32),  # of a token's q with its b and k, for all keys
+        # Products of vectors with their gradients; below, with what goes into the state; and those of a
         "moved": pltpu.VMEM((step, 2 * CHUNK, pack.keys), jnp.float32),
+        "sooner": pltpu.VMEM((step, CHUNK, pack.keys), jnp.float32),
         "through": pltpu.VMEM((step, ROWS, pack.keys), jnp.float32),
     }
 
@@ -77,27 +81,30 @@ def of_states(pack, dtype, number, before, d_state, refs):
         refs["found"][number, n] = of_reading[half] * since
         refs["kept"][number, n] = of_writing[half] * until
     refs["through"][number] = of_total * refs["total"][number]
+    heads = blocks(number, jnp.ones((pack.keys, pack.values), jnp.float32), pack, slice(0, pack.values)).astype(dtype)
+    of_o = refs["read"][number, CHUNK:].astype(jnp.float32)
+    for n in range(2):
+        written = refs["written"][number, n * CHUNK : (n + 1) * CHUNK].astype(jnp.float32)
+        refs["own"][number, n] = product(of_o * written, heads, (1, 1), dtype)
 
 
-def of_pairs(pack, dtype, number, kind, refs):
-    """The cotangents of the products by halves, for a pack. kind: 0 as what reads (rows) by what writes, 1 the other way."""
+def of_pairs(pack, dtype, number, levels, refs):
+    """The cotangents of some of the products by halves, for a pack: of what reads (rows) by what writes, and the other way
+    round."""
     row, lane = places(number, (ROWS, LANES))
     column, block = lane & (ROWS - 1), lane & (CHUNK - ROWS)
-    of_two = [registers(refs["read"][number].astype(jnp.float32)), registers(refs["written"][number].astype(jnp.float32))]
-    for level, half in enumerate(HALVES):
-        x, y = (
-            jnp.concatenate(taking_turns(x[: len(x) // 2], x[len(x) // 2 :], half, 1 - n, row)).astype(dtype)
-            for n, x in enumerate(of_two)
-        )
-        x, y = (y, x) if kind else (x, y)
-        near = (row ^ column) < 2 * half
+    for level in levels:
+        half = HALVES[level]
+        x = taking_turns(refs["read"].at[number], half, 1, row)
+        y = taking_turns(refs["written"].at[number], half, 0, row)
+        near, size = (row ^ column) < 2 * half, max(2 * half, ROWS)
         for one in range(sets_of(pack)):
-            found = registers(product(x, apart(number, y, one, pack.value), (1, 1), dtype))
-            for n, start in enumerate(range(0, CHUNK, ROWS)):
-                size = max(2 * half, ROWS)
-                parts = (block & -size) == (start & -size)
-                found[n] = jnp.where(parts & near if half < ROWS else parts, found[n], 0.0)
-            refs["of_pairs"][number * sets_of(pack) + one, level, kind] = jnp.concatenate(found).astype(dtype)
+            for kind, (first, second) in enumerate(((x, y), (y, x))):
+                found = registers(product(first, apart(number, second, one, pack.value), (1, 1), dtype))
+                for n, start in enumerate(range(0, CHUNK, ROWS)):
+                    parts = (block & -size) == (start & -size)
+                    found[n] = jnp.where(parts & near if half < ROWS else parts, found[n], 0.0)
+                refs["of_pairs"][number * sets_of(pack) + one, level, kind] = jnp.concatenate(found).astype(dtype)
 
 
 def of_vectors(pack, dtype, number, kind, refs):
@@ -125,47 +132,53 @@ def of_vectors(pack, dtype, number, kind, refs):
         refs["found"][number, 2 * kind + n] = jnp.concatenate(x)
 
 
-def of_tokens(pack, dtype, number, tokens, d_tokens, refs):
-    """The gradients of q, k, a and b of a pack; and what that of the log decay is made of."""
-    keys = lanes_of(number, pack.keys)
-    read = refs["read"][number, CHUNK:].astype(jnp.float32)
-    same = blocks(number, jnp.ones((pack.keys, pack.values), jnp.float32), pack, slice(0, pack.values)).astype(dtype)
-    own_b, own_k = (
-        product(read * refs["written"][number, n * CHUNK : (n + 1) * CHUNK].astype(jnp.float32), same, (1, 1), dtype)
-        for n in range(2)
-    )
-    q, k, a, b = (x[:, keys].astype(jnp.float32) for x in (tokens.q, tokens.k, tokens.a, tokens.b))
-    decay = jnp.exp(tokens.log_decay[:, keys].astype(jnp.float32))
-    d_a, d_q, d_b, d_k = (refs["found"][number, n] for n in range(4))
-    kept_b, kept_k = refs["kept"][number, 0], refs["kept"][number, 1]
+def of_tokens(pack, number, at, tokens, d_tokens, refs):
+    """The gradients of q, k, a and b of some tokens of a pack; and what that of the log decay is made of."""
+    keys, rows = lanes_of(number, pack.keys), pl.ds(pl.multiple_of(at * SPAN, SPAN), SPAN)
+    below = pl.ds(pl.multiple_of(CHUNK + at * SPAN, SPAN), SPAN)
+    q, k, a, b = (x[rows, keys].astype(jnp.float32) for x in (tokens.q, tokens.k, tokens.a, tokens.b))
+    decay = jnp.exp(tokens.log_decay[rows, keys].astype(jnp.float32))
+    d_a, d_q, d_b, d_k = (refs["found"][number, n, rows] for n in range(4))
+    kept_b, kept_k = refs["kept"][number, 0, rows], refs["kept"][number, 1, rows]
+    own_b, own_k = refs["own"][number, 0, rows], refs["own"][number, 1, rows]
     d_q = d_q * decay
-    moved, later = registers(q * d_q - b * d_b - k * d_k), [pltpu.roll(x, ROWS - 1, 0) for x in registers(a * d_a)]
-    last = places(number, later[0].shape)[0] == ROWS - 1
-    later = [jnp.where(last, *pair) for pair in zip([*later[1:], jnp.zeros_like(later[0])], later, strict=True)]
-    refs["moved"][number, :CHUNK] = jnp.concatenate([x + y for x, y in zip(moved, later, strict=True)])
-    refs["moved"][number, CHUNK:] = b * kept_b + k * kept_k
-    d_tokens.a[:, keys] = d_a.astype(d_tokens.a.dtype)
-    d_tokens.q[:, keys] = (d_q + own_b * b + own_k * k).astype(d_tokens.q.dtype)
-    d_tokens.b[:, keys] = (d_b + kept_b + own_b * q).astype(d_tokens.b.dtype)
-    d_tokens.k[:, keys] = (d_k + kept_k + own_k * q).astype(d_tokens.k.dtype)
+    refs["moved"][number, rows] = q * d_q - b * d_b - k * d_k
+    refs["moved"][number, below] = b * kept_b + k * kept_k
+    refs["sooner"][number, rows] = a * d_a
+    d_tokens.a[rows, keys] = d_a.astype(d_tokens.a.dtype)
+    d_tokens.q[rows, keys] = (d_q + own_b * b + own_k * k).astype(d_tokens.q.dtype)
+    d_tokens.b[rows, keys] = (d_b + kept_b + own_b * q).astype(d_tokens.b.dtype)
+    d_tokens.k[rows, keys] = (d_k + kept_k + own_k * q).astype(d_tokens.k.dtype)
 
 
 def of_log_decay(pack, dtype, number, tokens, d_tokens, refs):
     keys = lanes_of(number, pack.keys)
     token, column = places(number, (CHUNK, 2 * CHUNK))
     counted = ((column < CHUNK) & (column >= token)) | ((column >= CHUNK) & (column < token + CHUNK))
-    counted, moved = jnp.where(counted, 1.0, 0.0).astype(dtype), refs["moved"][number]
+    # What a reads, it reads before its own decay
+    sooner = [pltpu.roll(x, ROWS - 1, 0) for x in registers(refs["sooner"][number])]
+    last = places(number, sooner[0].shape)[0] == ROWS - 1
+    sooner = [jnp.where(last, *pair) for pair in zip([*sooner[1:], jnp.zeros_like(sooner[0])], sooner, strict=True)]
+    moved = jnp.concatenate([refs["moved"][number, :CHUNK] + jnp.concatenate(sooner), refs["moved"][number, CHUNK:]])
+    counted = jnp.where(counted, 1.0, 0.0).astype(dtype)
     parts = [moved] if dtype == jnp.float32 else split(moved)
     found = sum(product(counted, x, (1, 0), dtype) for x in parts) + refs["through"][number, :1]
     d_tokens.log_decay[:, keys] = jnp.where(tokens.log_decay[:, keys] > NEVER, found, 0.0)
 
 
-def taking_turns(x, y, half, side, row):
-    """Of registers: rows of x in second halves of blocks of 2 h tokens (side 1) or in first ones (0), between them those
-    of y from the other side."""
-    if half >= ROWS:
-        at = half // ROWS
-        return [x[n] if bool(n & at) == (side == 1) else y[n ^ at] for n in range(len(x))]
-    second = row & half != 0
-    pairs = ((one, swap(other, half, second)) for one, other in zip(x, y, strict=True))
-    return [jnp.where(second, *(pair if side else pair[::-1])) for pair in pairs]
+def taking_turns(ref, half, side, row):
+    """Of a reference to what belongs to a (u) and to q (v): rows of the former in second halves of blocks of 2 h tokens
+    (side 1) or in first ones (0), between them those of the latter from the other side."""
+    if half >= SPAN:
+        starts = range(0, CHUNK, half)
+        own = [bool(start & half) == (side == 1) for start in starts]
+        starts = (start if here else CHUNK + (start ^ half) for here, start in zip(own, starts, strict=True))
+        return jnp.concatenate([ref[start : start + half] for start in starts])
+    x, y = (registers(part.astype(jnp.float32)) for part in (ref[:CHUNK], ref[CHUNK:]))
+    if half == ROWS:
+        found = [x[n] if n & 1 == side else y[n ^ 1] for n in range(len(x))]
+    else:
+        second = row & half != 0
+        pairs = ((one, swap(other, half, second)) for one, other in zip(x, y, strict=True))
+        found = [jnp.where(second, *(pair if side else pair[::-1])) for pair in pairs]
+    return jnp.concatenate(found).astype(ref.dtype)
