@@ -58,7 +58,7 @@ class Vector:
         def _(number):
             gradients.of_states(pack, dtype, number, before, d_state, refs)
 
-        for levels in (range(3), range(3, 6)):
+        for levels in (range(2), range(2, 6)):
 
             @pl.loop(0, len(packs))
             def _(number, levels=levels):
