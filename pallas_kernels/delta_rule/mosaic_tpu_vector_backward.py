@@ -93,10 +93,11 @@ def of_pairs(pack, dtype, number, levels, refs):
     round."""
     row, lane = places(number, (ROWS, LANES))
     column, block = lane & (ROWS - 1), lane & (CHUNK - ROWS)
+    line = places(number, (ROWS, pack.values))[0]
     for level in levels:
         half = HALVES[level]
-        x = taking_turns(refs["read"].at[number], half, 1, row)
-        y = taking_turns(refs["written"].at[number], half, 0, row)
+        x = taking_turns(refs["read"].at[number], half, 1, line)
+        y = taking_turns(refs["written"].at[number], half, 0, line)
         near, size = (row ^ column) < 2 * half, max(2 * half, ROWS)
         for one in range(sets_of(pack)):
             for kind, (first, second) in enumerate(((x, y), (y, x))):
