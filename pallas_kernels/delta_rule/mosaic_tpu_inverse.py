@@ -6,9 +6,9 @@ the columns `h C .. (h + 1) C` of which are head h's:
     side, sets = sets_of(heads, C)    # n, and how many sets; places left over in the last one are to hold 0
     invert(lower, inverse, dtype)     # (I - lower)^-1 of each
 
-`lower`, `inverse`: references `[sets, C, n C]`, float32, which may be the same. C: a power of two from 8. lower: 0 on and
-above the diagonals. dtype: of the op's inputs. Products are in full precision for float32, and for bfloat16 of the first
-16 bits of float32 numbers. Sets do not wait for one another, so that it is well to have two or three of them at once.
+`lower`, `inverse`: two references `[sets, C, n C]`, float32. C: a power of two from 8. lower: 0 on and above the diagonals.
+dtype: of the op's inputs. Products are in full precision for float32, and for bfloat16 of the first 16 bits of float32
+numbers. Two or three sets are worked on at once, as one alone would wait for its own products. For use inside a grid.
 
 A set keeps of its blocks on the diagonal only these, below one another in as many rows as one of them has: blocks of 8 are
 one register, and a few operations on it invert them all. Then by halves, as `blocks.unit_inverse`: of blocks twice as
@@ -17,8 +17,9 @@ long, [[X, 0], [Y M X, Y]], where M is what lies below the diagonal between the 
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-from pallas_kernels.mosaic_tpu_chunks import LANES, product
+from pallas_kernels.mosaic_tpu_chunks import LANES, divisor, product
 
 ROWS = 8  # of a register
 
@@ -30,14 +31,39 @@ def sets_of(heads: int, length: int) -> tuple[int, int]:
 
 
 def invert(lower, inverse, dtype) -> None:
-    sets, length, lanes = lower.shape
-    found = [_inverses_of_registers(lower[one]) for one in range(sets)]
-    size = ROWS
-    while size < length:
-        found = [_twice_as_long(x, lower[one], size, length, dtype) for one, x in enumerate(found)]
+    sets, length, _ = lower.shape
+    at_once = divisor(sets, 3)
+
+    def group(number, _):
+        _invert(lower, inverse, [number * at_once + one for one in range(at_once)], length, dtype)
+
+    if at_once == sets:
+        group(0, None)
+    else:
+        jax.lax.fori_loop(0, sets // at_once, group, None)
+
+
+def _invert(lower, inverse, sets, length, dtype):
+    """Of these sets, in lockstep."""
+
+    def double(found, size):
+        return [_twice_as_long(x, lower[one], size, length, dtype) for x, one in zip(found, sets, strict=True)]
+
+    def store(found):
+        for x, one in zip(found, sets, strict=True):
+            inverse[one, : x.shape[0]] = x
+
+    found, size = [_inverses_of_registers(lower[one]) for one in sets], ROWS
+    while 2 * size < length or (size < length and len(sets) < 3):
+        found = double(found, size)
         size *= 2
-    for one in range(sets):
-        inverse[one] = found[one]
+    store(found)
+    if size < length:
+        # Always so, which the compiler does not know: in a block of instructions of its own there are registers enough
+
+        @pl.when(pl.program_id(0) < pl.num_programs(0))
+        def _():
+            store(double([inverse[one, :size] for one in sets], size))
 
 
 def _inverses_of_registers(lower):
