@@ -15,7 +15,7 @@ from pallas_kernels import devices
 from pallas_kernels.delta_rule import chunked
 from pallas_kernels.delta_rule.mosaic_tpu_chunk import Body, Tokens, rows_of_tokens
 from pallas_kernels.delta_rule.reference import first_state, mark_documents
-from pallas_kernels.delta_rule.mosaic_tpu_vector import Vector
+from pallas_kernels.delta_rule.mosaic_tpu_vector import PACKS, Vector
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, Pure, divisor, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import narrow_pack
@@ -73,7 +73,7 @@ def run(
     body = Pure(Body(pack, decay, scale, q.dtype))
     if decay == "vector":
         body = Vector(pack, scale, q.dtype)
-        at_once = at_once if pack.keys % LANES == 0 and pack.values % LANES == 0 else 1
+        at_once = 1 if pack.keys % LANES or pack.values % LANES else divisor(packs, PACKS)
     plan = Plan(chunk, packs, (packs,) * len(jax.tree.leaves(tokens)), at_once, keep=q.dtype)
     state, o = scan_chunks(body, plan, None, pack.join_states(state), tokens, rows)
     return o[:, :length].reshape(v.shape), pack.part_states(state)

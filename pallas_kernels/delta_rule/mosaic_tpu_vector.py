@@ -1,10 +1,13 @@
 """The chunk of the delta rule with a decay for each key channel on a TPU, over references: the formulas of `chunked.py`.
 
-Stage by stage for all packs of a step, each by itself: within one stage the compiler takes as many values into registers
-as it can, so that two of them together spill.
+Stage by stage, each of them for all packs of a step. A turn of a loop is a block of instructions that is scheduled by
+itself: the compiler begins all that it can within one, whether there are registers for it or not. So a turn is some
+hundred instructions long, of one pack, or of two in lockstep where their values fit into the registers, as one alone waits
+for its own products.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,9 +16,22 @@ from jax.experimental import pallas as pl
 from pallas_kernels.delta_rule import mosaic_tpu_vector_backward as gradients
 from pallas_kernels.delta_rule import mosaic_tpu_vector_tables as tables
 from pallas_kernels.delta_rule.mosaic_tpu_inverse import invert
-from pallas_kernels.delta_rule.mosaic_tpu_vector_tables import CHUNK, across, apart, blocks, keep_lanes, lanes_of, sets_of, split
+from pallas_kernels.delta_rule.mosaic_tpu_vector_tables import (
+    CHUNK,
+    HALVES,
+    SPAN,
+    across,
+    apart,
+    blocks,
+    lanes_of,
+    sets_of,
+    split,
+    together,
+)
 from pallas_kernels.mosaic_tpu_chunks import product
 from pallas_kernels.mosaic_tpu_packs import Pack
+
+PACKS = 4  # in a step of the grid: two turns of two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,124 +52,124 @@ class Vector:
         return [refs | gradients.scratch(self.pack, step, self.dtype) if backward else refs]
 
     def forward(self, fixed, state, tokens, rows, o, refs):
-        self.prepare(tokens, refs)
-
-        @pl.loop(0, state.shape[0])
-        def _(number):
-            self.results(number, state, tokens.v, o, refs)
+        packs = state.shape[0]
+        self.prepare(packs, tokens, refs)
+        two_by_two(packs, self.results, state, tokens.v, o, refs)
 
     def backward(self, fixed, before, tokens, rows, d_state, d_o, d_fixed, d_tokens, d_rows, refs):
-        self.prepare(tokens, refs)
-        pack, dtype, packs = self.pack, self.dtype, range(d_state.shape[0])
+        packs, pack = d_state.shape[0], self.pack
+        self.prepare(packs, tokens, refs)
+        two_by_two(packs, self.solution, before, tokens.v, refs)
+        one_by_one(packs, self.of_values, d_state, d_o, d_tokens.v, refs)
+        one_by_one(packs, gradients.of_states, before, d_state, pack, refs)
+        one_by_one(packs, gradients.of_pairs, range(2), pack, refs)
+        two_by_two(packs, gradients.of_pairs, range(2, len(HALVES)), pack, refs)
+        two_by_two(packs, gradients.of_vectors, 0, pack, refs)
+        two_by_two(packs, gradients.of_vectors, 1, pack, refs)
+        part_by_part(packs, CHUNK // SPAN, gradients.of_tokens, tokens, d_tokens, pack, refs)
+        one_by_one(packs, gradients.of_log_decay, tokens.log_decay, d_tokens.log_decay, pack, refs)
 
-        @pl.loop(0, len(packs))
-        def _(number):
-            self.solution(number, before, tokens.v, refs)
-
-        @pl.loop(0, len(packs))
-        def _(number):
-            self.of_values(number, d_state, d_o, d_tokens.v, refs)
-
-        @pl.loop(0, len(packs))
-        def _(number):
-            gradients.of_states(pack, dtype, number, before, d_state, refs)
-
-        for levels in (range(2), range(2, 6)):
-
-            @pl.loop(0, len(packs))
-            def _(number, levels=levels):
-                gradients.of_pairs(pack, dtype, number, levels, refs)
-
-        for kind in range(2):
-
-            @pl.loop(0, len(packs))
-            def _(number, kind=kind):
-                gradients.of_vectors(pack, dtype, number, kind, refs)
-
-        @pl.loop(0, len(packs))
-        def _(number):
-            @pl.loop(0, CHUNK // tables.SPAN)
-            def _(at):
-                gradients.of_tokens(pack, number, at, tokens, d_tokens, refs)
-
-        @pl.loop(0, len(packs))
-        def _(number):
-            gradients.of_log_decay(pack, dtype, number, tokens, d_tokens, refs)
-
-    def prepare(self, tokens, refs):
-        tables.decay_within_spans(tokens, self.pack, refs)
-        tables.decay_across_spans(tokens, self.pack, refs)
-        tables.score(tokens, self.pack, refs, self.dtype)
-        invert(refs["lower"], refs["lower"], self.dtype)
+    def prepare(self, packs, tokens, refs):
+        part_by_part(packs, CHUNK // SPAN, tables.decay_within_spans, tokens, self.pack, refs)
+        part_by_part(packs, 2, tables.decay_across_spans, tokens, self.pack, refs)
+        one_by_one(packs, tables.score, tokens, self.pack, refs)
+        invert(refs["lower"], refs["inverse"], self.dtype)
 
     def results(self, number, state, v, o, refs):
         pack, dtype = self.pack, self.dtype
-        reading, writing = refs["ends"][number, 0], refs["ends"][number, 1]
+        (reading, writing), total = both_ends(refs, number), refs["total"][number, :1]
         for unit in pack.units:
-            at, total = lanes_of(number, pack.values, unit), across(refs["total"][number, :1], unit.stop - unit.start)
+            at = lanes_of(number, pack.values, unit)
             values, old = v[:, at], state[number, :, unit]
-            found = product(reading, old, (1, 0), dtype) + self.tabled(refs["reads"], number, values, unit)
-            u = self.solved(refs["lower"], number, found[:CHUNK], unit).astype(v.dtype)
-            found = found[CHUNK:] + self.tabled(refs["of_writes"], number, u, unit)
+            found = product(reading, old, (1, 0), dtype) + self.of_k(number, values, unit, refs)
+            u = self.solved(number, found[:CHUNK], unit, refs).astype(v.dtype)
+            found = found[CHUNK:] + self.of_b(number, u, unit, refs)
             o[:, at] = (found * self.scale).astype(o.dtype)
             written = product(writing, jnp.concatenate([u, values]), (0, 0), dtype)
-            state[number, :, unit] = old * total + blocks(number, written, pack, unit)
+            state[number, :, unit] = old * across(total, old.shape[1]) + blocks(number, written, pack, unit)
 
     def solution(self, number, before, v, refs):
-        """What `results` writes, into `refs["written"]`."""
+        """U and V of `results`."""
         for unit in self.pack.units:
             values = v[:, lanes_of(number, self.pack.values, unit)]
-            found = product(refs["ends"][number, 0, :CHUNK], before[number, :, unit], (1, 0), self.dtype)
-            found = found + self.tabled(refs["reads"].at[:, :CHUNK], number, values, unit)
-            u = self.solved(refs["lower"], number, found, unit)
-            refs["written"][number, :CHUNK, unit] = u.astype(values.dtype)
-            refs["written"][number, CHUNK:, unit] = values
+            found = product(refs["ends"][number, 0, 0], before[number, :, unit], (1, 0), self.dtype)
+            found += self.of_sets(number, lambda at: refs["tables"][at, 0], values, unit, False)
+            u = self.solved(number, found, unit, refs)
+            refs["written"][number, :, unit] = jnp.concatenate([u.astype(values.dtype), values])
 
     def of_values(self, number, d_state, d_o, d_v, refs):
         """Cotangents of what is written, and of the right side of the system."""
+        _, writing = both_ends(refs, number)
         for unit in self.pack.units:
             at = lanes_of(number, self.pack.values, unit)
             of_o = d_o[:, at].astype(jnp.float32) * self.scale
-            found = product(refs["ends"][number, 1], d_state[number, :, unit], (1, 0), self.dtype)
-            of_u = found[:CHUNK] + self.tabled(refs["of_writes"], number, of_o, unit, transposed=True)
-            right = self.solved(refs["lower"], number, of_u, unit, transposed=True)
+            found = product(writing, d_state[number, :, unit], (1, 0), self.dtype)
+            of_u = found[:CHUNK] + self.of_b(number, of_o, unit, refs, transposed=True)
+            right = self.solved(number, of_u, unit, refs, transposed=True)
             read = jnp.concatenate([right, of_o]).astype(self.dtype)
             refs["read"][number, :, unit] = read
-            of_v = found[CHUNK:] + self.tabled(refs["reads"], number, read, unit, transposed=True)
-            d_v[:, at] = of_v.astype(d_v.dtype)
+            d_v[:, at] = (found[CHUNK:] + self.of_k(number, read, unit, refs, transposed=True)).astype(d_v.dtype)
 
-    def tabled(self, table, number, x, unit, *, transposed=False):
-        """Tables of all heads by what their heads have in `x`."""
-        found, sets = 0.0, sets_of(self.pack)
-        for one in range(sets):
-            matrix = table[number * sets + one]
-            if transposed:
-                found += self.together(number, product(matrix, x, (0, 0), self.dtype), one, unit)
-            else:
-                found += product(matrix, apart(number, x, one, self.pack.value, unit.start), (1, 0), self.dtype)
-        return found
+    def of_k(self, number, x, unit, refs, *, transposed=False):
+        """What a and q read of k's, from V; or back."""
+        return self.of_sets(number, lambda at: refs["tables"][at, :2].reshape(2 * CHUNK, -1), x, unit, transposed)
 
-    def together(self, number, x, one, unit):
-        """The way back from `apart`."""
-        heads = (x[head * CHUNK : (head + 1) * CHUNK] for head in range(2))
-        width = self.pack.value
-        return sum(keep_lanes(number, x, (2 * one + head) * width - unit.start, width) for head, x in enumerate(heads))
+    def of_b(self, number, x, unit, refs, *, transposed=False):
+        """What q reads of b's, from U; or back."""
+        return self.of_sets(number, lambda at: refs["tables"][at, 2], x, unit, transposed)
 
-    def solved(self, inverse, number, x, unit, *, transposed=False):
-        """In more than bfloat16: see `mosaic_tpu_chunk.solve`."""
+    def solved(self, number, x, unit, refs, *, transposed=False):
+        """By the inverse, in more than bfloat16: see `mosaic_tpu_chunk.solve`."""
         if self.dtype == jnp.float32:
-            return self.tabled(inverse, number, x, unit, transposed=transposed)
-        found, sets = 0.0, sets_of(self.pack)
-        parts = split(x)
+            return self.of_sets(number, lambda at: refs["inverse"][at], x, unit, transposed)
+        first, rest = split(x)
+
+        def inverse(part):
+            return lambda at: split(refs["inverse"][at])[part]
+
+        parts = ((inverse(0), first), (inverse(1), first), (inverse(0), rest))
+        return sum(self.of_sets(number, table, x, unit, transposed) for table, x in parts)
+
+    def of_sets(self, number, table, x, unit, transposed):
+        """Products of tables of all heads with what is those heads' of x. table: of a set."""
+        sets, width, found = sets_of(self.pack), self.pack.value, 0.0
         for one in range(sets):
-            matrix = split(inverse[number * sets + one])
+            matrix = table(number * sets + one)
             if transposed:
-                (m, m_rest), (y, y_rest) = matrix, parts
-                both = product(m, y, (0, 0), self.dtype)
-                both = both + (product(m_rest, y, (0, 0), self.dtype) + product(m, y_rest, (0, 0), self.dtype))
-                found += self.together(number, both, one, unit)
+                of_both = product(matrix, x, (0, 0), self.dtype)
+                found += together(number, of_both, one, width, unit.start)
             else:
-                y, y_rest = (apart(number, part, one, self.pack.value, unit.start) for part in parts)
-                both = product(jnp.concatenate(matrix), y, (1, 0), self.dtype)
-                found += both[:CHUNK] + (both[CHUNK:] + product(matrix[0], y_rest, (1, 0), self.dtype))
+                found += product(matrix, apart(number, x, one, width, unit.start), (1, 0), self.dtype)
         return found
+
+
+def both_ends(refs, number):
+    ends = refs["ends"][number]
+    return ends.reshape(2, 2 * CHUNK, ends.shape[-1])
+
+
+def one_by_one(packs: int, visit: Callable[..., None], *arguments) -> None:
+    """visit(pack, *arguments)"""
+
+    @pl.loop(0, packs)
+    def _(number):
+        visit(number, *arguments)
+
+
+def two_by_two(packs: int, visit: Callable[..., None], *arguments) -> None:
+    """As `one_by_one`, in lockstep; but no loop with a single turn, which is none."""
+    if packs % 4:
+        return one_by_one(packs, visit, *arguments)
+
+    @pl.loop(0, packs // 2)
+    def _(turn):
+        visit(2 * turn, *arguments)
+        visit(2 * turn + 1, *arguments)
+
+
+def part_by_part(packs: int, parts: int, visit: Callable[..., None], *arguments) -> None:
+    """visit(pack, part, *arguments)"""
+
+    @pl.loop(0, packs)
+    def _(number):
+        pl.loop(0, parts)(lambda part: visit(number, part, *arguments))

@@ -2,8 +2,8 @@
 
 As in `mosaic_tpu_halving`, the decay between two tokens passes the middle of the smallest aligned block that holds both,
 and is a product of two factors of at most 1. A factor is a product of the decays exp(g) of a few tokens themselves: of
-blocks twice as long it comes from those of their halves by one exchange of neighbours and one multiplication. (So -inf
-and gates of -1e-6 beside -100 need no care, and of a token there is one exponential.)
+blocks twice as long it comes from those of their halves by one exchange of neighbours and one multiplication. So there is
+one exponential for each token, and -inf or a gate of -1e-6 beside one of -100 need no care.
 
 Where blocks of 2 h tokens part, only tokens of second halves read and only those of first halves write. So what a and q
 read takes turns in the rows of one matrix, and so does what b and k write:
@@ -11,8 +11,8 @@ read takes turns in the rows of one matrix, and so does what b and k write:
     pairs[., 0]: row t is that of a_t where t is in a second half, else that of q_{t+h}
     pairs[., 1]: row t is that of b_t where t is in a first half, else that of k_{t-h}
 
-and one product of 64 rows has all four tables' entries, which rolls by h rows and columns bring to their places. Tables of
-two heads lie side by side in the lanes, as in `mosaic_tpu_inverse`.
+One product of 64 rows has the entries of all four tables, and rolls by h rows and columns bring them to their places.
+Tables of two heads lie side by side in the lanes (a set), as in `mosaic_tpu_inverse`.
 """
 
 import jax
@@ -30,28 +30,146 @@ SPAN = 16  # tokens worked on at once: a register of bfloat16
 
 
 def scratch(pack, step, dtype, *, backward):
-    """pairs, ends, total, spans, totals, lower, reads, of_writes; backward, too: middles, outer."""
     keys, sets = pack.keys, step * sets_of(pack)
     found = {
         "pairs": pltpu.VMEM((step, len(HALVES), 2, CHUNK, keys), dtype),
-        # What reads the state before the chunk (a, then q), and what writes the one after it (b, then k)
-        "ends": pltpu.VMEM((step, 2, 2 * CHUNK, keys), dtype),
-        "total": pltpu.VMEM((step, ROWS, keys), jnp.float32),
+        # What reads the state before the chunk (a, q), and what writes the one after it (b, k)
+        "ends": pltpu.VMEM((step, 2, 2, CHUNK, keys), dtype),
+        "total": pltpu.VMEM((step, ROWS, keys), jnp.float32),  # the decay from state to state
         # Decays within spans: from the start to what the token reads, from after the token to the end; of all of it
         "spans": pltpu.VMEM((step, 2, CHUNK, keys), jnp.float32),
         "totals": pltpu.VMEM((step, CHUNK // SPAN, ROWS, keys), jnp.float32),
-        "lower": pltpu.VMEM((sets, CHUNK, LANES), jnp.float32),  # a with b; then its inverse
-        "reads": pltpu.VMEM((sets, 2 * CHUNK, LANES), dtype),  # a with k, then q with k
-        "of_writes": pltpu.VMEM((sets, CHUNK, LANES), dtype),  # q with b
+        "lower": pltpu.VMEM((sets, CHUNK, LANES), jnp.float32),  # a with b
+        "inverse": pltpu.VMEM((sets, CHUNK, LANES), jnp.float32),
+        "tables": pltpu.VMEM((sets, 3, CHUNK, LANES), dtype),  # a with k, q with k, q with b
     }
     if backward:
-        found["middles"] = pltpu.VMEM((step, len(HALVES) - 1, CHUNK, keys), jnp.float32)
+        found["middles"] = pltpu.VMEM((step, len(HALVES) - 1, CHUNK, keys), jnp.float32)  # the factors, from h = 2 on
         found["outer"] = pltpu.VMEM((step, 2, CHUNK, keys), jnp.float32)  # to and from the state, as `ends` have it
     return found
 
 
+def decay_within_spans(number, at, tokens, pack, refs):
+    """Pairs that part within a span of a pack."""
+    rows, lanes = span(at), lanes_of(number, pack.keys)
+    q, k, a, b = (registers(x[rows, lanes].astype(jnp.float32)) for x in (tokens.q, tokens.k, tokens.a, tokens.b))
+    total = registers(jnp.exp(tokens.log_decay[rows, lanes].astype(jnp.float32)))
+    q = [x * decay for x, decay in zip(q, total, strict=True)]  # reads after the decay of its own token
+    reading = rest = [jnp.ones_like(total[0])] * 2
+    row = places(number, total[0].shape)[0]
+    pairs, middles = [], []
+    for half in (1, 2, 4):
+        second = row & half != 0
+        decay = [jnp.where(second, *x) for x in zip(reading, rest, strict=True)]
+        own = [jnp.where(second, *x) * by for *x, by in zip(a, b, decay, strict=True)]
+        other = [swap(jnp.where(second, *x) * by, half, second) for *x, by in zip(q, k, decay, strict=True)]
+        pairs.append([joined(jnp.where(second, *x) for x in zip(own, other, strict=True))])
+        pairs[-1].append(joined(jnp.where(second, *x) for x in zip(other, own, strict=True)))
+        middles.append(joined(decay))
+        neighbour = [swap(x, half, second) for x in total]
+        reading = [x * jnp.where(second, by, 1.0) for x, by in zip(reading, neighbour, strict=True)]
+        rest = [x * jnp.where(second, 1.0, by) for x, by in zip(rest, neighbour, strict=True)]
+        total = [x * by for x, by in zip(total, neighbour, strict=True)]
+    reader, writer = reading[1], rest[0]
+    pairs.append([joined([q[1] * reader, a[1] * reader]), joined([b[0] * writer, k[0] * writer])])
+    middles.append(joined([writer, reader]))
+    refs["pairs"][number, :4, :, rows] = jnp.stack([jnp.stack(pair) for pair in pairs]).astype(tokens.q.dtype)
+    reading, rest = joined([reading[0], reader * total[0]]), joined([writer * total[1], rest[1]])
+    refs["spans"][number, :, rows] = jnp.stack([reading, rest])
+    refs["totals"][number, at] = total[0] * total[1]
+    if "middles" in refs:
+        refs["middles"][number, :3, rows] = jnp.stack(middles[1:])
+
+
+def decay_across_spans(number, second, tokens, pack, refs):
+    """Of a half of the chunk, 0 or 1: pairs that part at spans; what meets the states."""
+    lanes, dtype = lanes_of(number, pack.keys), tokens.q.dtype
+    rows, opposite = (pl.ds(pl.multiple_of(half * 2 * SPAN, SPAN), 2 * SPAN) for half in (second, 1 - second))
+    q, k, a, b = (x[rows, lanes].astype(jnp.float32) for x in (tokens.q, tokens.k, tokens.a, tokens.b))
+    q = q * jnp.exp(tokens.log_decay[rows, lanes].astype(jnp.float32))
+    reading, rest = refs["spans"][number, :, rows]
+    totals, later = refs["totals"][number], second == 1
+    first, last = (jnp.where(later, totals[2 + n], totals[n]) for n in range(2))
+    sooner, after = totals[0] * totals[1], totals[2] * totals[3]
+
+    def by_span(even, odd):
+        """Factors, alike for all tokens of a span."""
+        return jnp.concatenate([even] * (SPAN // ROWS) + [odd] * (SPAN // ROWS))
+
+    # Quarters of the chunk
+    reader, writer = reading[SPAN:], rest[:SPAN]
+    readers = jnp.concatenate([q[SPAN:] * reader, a[SPAN:] * reader])
+    writers = jnp.concatenate([b[:SPAN] * writer, k[:SPAN] * writer])
+    refs["pairs"][number, 4, :, rows] = jnp.stack([readers, writers]).astype(dtype)
+    # Its halves
+    one = jnp.ones_like(first)
+    decay = jnp.where(later, reading * by_span(one, first), rest * by_span(last, one))
+    refs["pairs"][number, 5, 1 - second, rows] = (jnp.where(later, a, b) * decay).astype(dtype)
+    refs["pairs"][number, 5, 1 - second, opposite] = (jnp.where(later, q, k) * decay).astype(dtype)
+    # All of it
+    before, rest_of_all = jnp.where(later, sooner, 1.0), jnp.where(later, 1.0, after)
+    since = reading * by_span(before, before * first)
+    until = rest * by_span(last * rest_of_all, rest_of_all)
+    ends = jnp.stack([jnp.stack([a * since, q * since]), jnp.stack([b * until, k * until])])
+    refs["ends"][number, :, :, rows] = ends.astype(dtype)
+    refs["total"][number] = sooner * after
+    if "middles" in refs:
+        refs["middles"][number, 3:, rows] = jnp.stack([jnp.concatenate([writer, reader]), decay])
+        refs["outer"][number, :, rows] = jnp.stack([since, until])
+
+
+def score(number, tokens, pack, refs):
+    """The tables of a pack, without the inverse."""
+    lanes, dtype, pairs = lanes_of(number, pack.keys), tokens.q.dtype, refs["pairs"][number]
+    q, b, k = (x[:, lanes] for x in (tokens.q, tokens.b, tokens.k))
+    row, lane = places(number, (ROWS, LANES))
+    column, block = lane & (ROWS - 1), lane & (CHUNK - ROWS)
+    nothing = jnp.zeros((ROWS, LANES), jnp.float32)
+
+    def on_diagonal(x):
+        """Blocks of 8, one beside the other."""
+        found = x[:ROWS]
+        for start in range(ROWS, CHUNK, ROWS):
+            found = jnp.where(block == start, x[start : start + ROWS], found)
+        return found
+
+    for one in range(sets_of(pack)):
+        of_level = [product(x, apart(number, y, one, pack.key), (1, 1), dtype) for x, y in pairs]
+        # Within blocks of 8: a with b, a with k, q with b, q with k
+        itself = (on_diagonal(product(q, apart(number, x, one, pack.key), (1, 1), dtype)) for x in (b, k))
+        near = [nothing, nothing, *(jnp.where(row == column, x, 0.0) for x in itself)]
+        for half, found in zip(HALVES[:3], of_level, strict=False):
+            of_b, of_k = _of_b_and_k(on_diagonal(found), half)
+            places_of = of_b, of_k, pltpu.roll(of_b, half, 0), pltpu.roll(of_k, half, 0)
+            parts = part_at(parting(row, column), half)
+            near = [jnp.where(parts, x, old) for x, old in zip(places_of, near, strict=True)]
+        # Between them
+        tables = [[nothing] * (CHUNK // ROWS) for _ in range(4)]
+        for half, found in zip(HALVES[3:], of_level[3:], strict=True):
+            for start in range(0, CHUNK, ROWS):
+                if start & half:
+                    parts = (block & -half) == (start & -half) - half
+                    of_a, of_q = (found[first : first + ROWS] for first in (start, start - half))
+                    for table, x in zip(tables, (*_of_b_and_k(of_a, half), *_of_b_and_k(of_q, half)), strict=True):
+                        table[start // ROWS] = jnp.where(parts, x, table[start // ROWS])
+        a_b, a_k, q_b, q_k = (
+            jnp.concatenate([jnp.where(block == n * ROWS, x, other) for n, other in enumerate(others)])
+            for x, others in zip(near, tables, strict=True)
+        )
+        refs["lower"][number * sets_of(pack) + one] = a_b
+        refs["tables"][number * sets_of(pack) + one] = jnp.stack([a_k, q_k, q_b]).astype(dtype)
+
+
+def _of_b_and_k(x, half):
+    return x, pltpu.roll(x, LANES - half, 1)
+
+
 def sets_of(pack) -> int:
     return -(-pack.heads // 2)
+
+
+def span(number):
+    return pl.ds(pl.multiple_of(number * SPAN, SPAN), SPAN)
 
 
 def lanes_of(number, width, unit=slice(None)):
@@ -73,10 +191,9 @@ def keep_lanes(number, x, start, width):
     """x, but 0 outside of some lanes."""
     if start <= 0 and start + width >= x.shape[1]:
         return x
-    lane = places(number, (ROWS, x.shape[1]))[1]
+    lane = places(number, (1, x.shape[1]))[1]
     mask = jnp.where((lane >= start) & (lane < start + width), -1, 0)
-    bits = pltpu.bitcast(x, jnp.int32)  # of two rows in one, with bfloat16
-    return pltpu.bitcast(bits & jnp.concatenate([mask] * (bits.shape[0] // ROWS)), x.dtype)
+    return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & mask, x.dtype)  # two rows of bfloat16 at once
 
 
 def apart(number, x, one, width, offset=0):
@@ -85,184 +202,30 @@ def apart(number, x, one, width, offset=0):
     return jnp.concatenate([keep_lanes(number, x, (2 * one + head) * width - offset, width) for head in range(2)])
 
 
+def together(number, x, one, width, offset=0):
+    """The way back from `apart`, of what may be anything in other heads' lanes."""
+    heads = (x[:CHUNK], x[CHUNK:])
+    return sum(keep_lanes(number, x, (2 * one + head) * width - offset, width) for head, x in enumerate(heads))
+
+
 def blocks(number, x, pack, unit):
     """Some lanes of a state, but 0 outside of the heads' blocks."""
-    heads = range(pack.heads)
-    rows = (x[head * pack.key : (head + 1) * pack.key] for head in heads)
-    kept = (keep_lanes(number, part, head * pack.value - unit.start, pack.value) for head, part in zip(heads, rows))
-    return x if pack.heads == 1 else jnp.concatenate(list(kept))
+    rows = (x[head * pack.key : (head + 1) * pack.key] for head in range(pack.heads))
+    return joined(keep_lanes(number, part, n * pack.value - unit.start, pack.value) for n, part in enumerate(rows))
 
 
 def registers(x):
     return [x[start : start + ROWS] for start in range(0, x.shape[0], ROWS)]
 
 
+def joined(parts):
+    return jnp.concatenate(list(parts))
+
+
 def swap(x, half, second):
     """Rows t with rows t ^ half, of a register. second: whether a row is in the second half of its block of 2 x half."""
     back = pltpu.roll(x, half, 0)
     return back if 2 * half == ROWS else jnp.where(second, back, pltpu.roll(x, ROWS - half, 0))
-
-
-def decay_within_spans(tokens, pack, refs):
-    """Pairs that part within a span, for all packs."""
-
-    def span(number, at):
-        rows, lanes = pl.ds(pl.multiple_of(at * SPAN, SPAN), SPAN), lanes_of(number, pack.keys)
-        q, k, a, b = (registers(x[rows, lanes].astype(jnp.float32)) for x in (tokens.q, tokens.k, tokens.a, tokens.b))
-        total = registers(jnp.exp(tokens.log_decay[rows, lanes].astype(jnp.float32)))
-        q = [x * decay for x, decay in zip(q, total, strict=True)]
-        reading = rest = [jnp.ones_like(total[0])] * 2
-        row = places(number, total[0].shape)[0]
-
-        def put(ref, parts):
-            ref[...] = jnp.concatenate(parts).astype(ref.dtype)
-
-        for level, half in enumerate(HALVES[:4]):
-            pair = refs["pairs"].at[number, level]
-            if half == ROWS:
-                put(pair.at[0, rows], [q[1] * reading[1], a[1] * reading[1]])
-                put(pair.at[1, rows], [b[0] * rest[0], k[0] * rest[0]])
-                decay = [rest[0], reading[1]]
-                reading, rest = [reading[0], reading[1] * total[0]], [rest[0] * total[1], rest[1]]
-                total = [total[0] * total[1]] * 2
-            else:
-                second = row & half != 0
-                decay = [jnp.where(second, *x) for x in zip(reading, rest, strict=True)]
-                own = [jnp.where(second, *x) * by for *x, by in zip(a, b, decay, strict=True)]
-                other = [swap(jnp.where(second, *x) * by, half, second) for *x, by in zip(q, k, decay, strict=True)]
-                put(pair.at[0, rows], [jnp.where(second, *x) for x in zip(own, other, strict=True)])
-                put(pair.at[1, rows], [jnp.where(second, *x) for x in zip(other, own, strict=True)])
-                neighbour = [swap(x, half, second) for x in total]
-                reading = [x * jnp.where(second, by, 1.0) for x, by in zip(reading, neighbour, strict=True)]
-                rest = [x * jnp.where(second, 1.0, by) for x, by in zip(rest, neighbour, strict=True)]
-                total = [x * by for x, by in zip(total, neighbour, strict=True)]
-            if half > 1 and "middles" in refs:
-                put(refs["middles"].at[number, level - 1, rows], decay)
-        put(refs["spans"].at[number, 0, rows], reading)
-        put(refs["spans"].at[number, 1, rows], rest)
-        refs["totals"][number, at] = total[0]
-
-    for_all(refs["pairs"].shape[0], CHUNK // SPAN, span)
-
-
-def decay_across_spans(tokens, pack, refs):
-    """Pairs that part at spans; and from the state before the chunk and to the one after it."""
-
-    def half(number, second):
-        lanes, dtype = lanes_of(number, pack.keys), tokens.q.dtype
-        pairs, ends, totals = refs["pairs"], refs["ends"], refs["totals"]
-        later = second == 1
-        first_total, last_total = totals[number, 2 * second], totals[number, 2 * second + 1]
-        before = jnp.where(later, totals[number, 0] * totals[number, 1], 1.0)
-        after = jnp.where(later, 1.0, totals[number, 2] * totals[number, 3])
-        refs["total"][number] = totals[number, 0] * totals[number, 1] * totals[number, 2] * totals[number, 3]
-        for odd in range(2):
-            start = second * 2 * SPAN + odd * SPAN
-            rows = pl.ds(pl.multiple_of(start, SPAN), SPAN)
-            beside = pl.ds(pl.multiple_of(second * 2 * SPAN + (1 - odd) * SPAN, SPAN), SPAN)
-            opposite = pl.ds(pl.multiple_of((1 - second) * 2 * SPAN + odd * SPAN, SPAN), SPAN)
-            q, k, a, b = (x[rows, lanes].astype(jnp.float32) for x in (tokens.q, tokens.k, tokens.a, tokens.b))
-            q = q * jnp.exp(tokens.log_decay[rows, lanes].astype(jnp.float32))
-            reading, rest = refs["spans"][number, 0, rows], refs["spans"][number, 1, rows]
-
-            # Half a chunk's half
-            decay, own, other = (reading, a, q) if odd else (rest, b, k)
-            pairs[number, 4, 1 - odd, rows] = (own * decay).astype(dtype)
-            pairs[number, 4, 1 - odd, beside] = (other * decay).astype(dtype)
-            if "middles" in refs:
-                refs["middles"][number, 3, rows] = decay
-            # A chunk's half
-            decay = jnp.where(later, reading, rest)
-            decay = decay * both(jnp.where(later, first_total, 1.0) if odd else jnp.where(later, 1.0, last_total))
-            pairs[number, 5, 1 - second, rows] = (jnp.where(later, a, b) * decay).astype(dtype)
-            pairs[number, 5, 1 - second, opposite] = (jnp.where(later, q, k) * decay).astype(dtype)
-            if "middles" in refs:
-                refs["middles"][number, 4, rows] = decay
-            # All of the chunk
-            since = reading * both(before * first_total if odd else before)
-            until = rest * both(after if odd else last_total * after)
-            below = pl.ds(pl.multiple_of(CHUNK + start, SPAN), SPAN)
-            ends[number, 0, rows], ends[number, 0, below] = (a * since).astype(dtype), (q * since).astype(dtype)
-            ends[number, 1, rows], ends[number, 1, below] = (b * until).astype(dtype), (k * until).astype(dtype)
-            if "outer" in refs:
-                refs["outer"][number, 0, rows], refs["outer"][number, 1, rows] = since, until
-
-    for_all(refs["pairs"].shape[0], 2, half)
-
-
-def both(x):
-    return jnp.concatenate([x] * (SPAN // ROWS))
-
-
-def for_all(packs, count, visit):
-    """visit(pack, n), one after the other: each is scheduled by itself, or the compiler spills."""
-
-    @pl.loop(0, packs)
-    def _(number):
-        @pl.loop(0, count)
-        def _(n):
-            visit(number, n)
-
-
-def score(tokens, pack, refs, dtype):
-    """The tables, without the inverse."""
-    sets = sets_of(pack)
-
-    @pl.loop(0, refs["pairs"].shape[0])
-    def _(number):
-        for one in range(sets):
-            _tables(tokens, pack, refs, dtype, number, one)
-
-
-def _tables(tokens, pack, refs, dtype, number, one):
-    pairs, at = refs["pairs"], number * sets_of(pack) + one
-    lanes = lanes_of(number, pack.keys)
-
-    def of_level(level):
-        return product(pairs[number, level, 0], apart(number, pairs[number, level, 1], one, pack.key), (1, 1), dtype)
-
-    row, lane = places(number, (ROWS, LANES))
-    column, block = lane & (ROWS - 1), lane & (CHUNK - ROWS)
-
-    def on_diagonal(x):
-        """Blocks of 8, one beside the other."""
-        found = x[:ROWS]
-        for start in range(ROWS, CHUNK, ROWS):
-            found = jnp.where(block == start, x[start : start + ROWS], found)
-        return found
-
-    q = tokens.q[:, lanes]
-    small = [jnp.zeros((ROWS, LANES), jnp.float32)] * 2
-    for written in (tokens.b[:, lanes], tokens.k[:, lanes]):
-        itself = on_diagonal(product(q, apart(number, written, one, pack.key), (1, 1), dtype))
-        small.append(jnp.where(row == column, itself, 0.0))
-    for level, half in enumerate(HALVES[:3]):
-        found, parts = on_diagonal(of_level(level)), part_at(parting(row, column), half)
-        small = [jnp.where(parts, x, old) for x, old in zip(_places(found, half, rows=True), small, strict=True)]
-
-    tables = [[jnp.zeros((ROWS, LANES), jnp.float32)] * (CHUNK // ROWS) for _ in range(4)]
-    for level, half in enumerate(HALVES[3:], 3):
-        found = of_level(level)
-        for start in range(0, CHUNK, ROWS):
-            if start & half:
-                own = (block & -half) == (start & -half) - half
-                a_rows, q_rows = (found[first : first + ROWS] for first in (start, start - half))
-                for kind, x in enumerate((*_places(a_rows, half), *_places(q_rows, half))):
-                    tables[kind][start // ROWS] = jnp.where(own, x, tables[kind][start // ROWS])
-    tables = [
-        jnp.concatenate([jnp.where(block == i * ROWS, near, x) for i, x in enumerate(rows)])
-        for near, rows in zip(small, tables, strict=True)
-    ]
-    refs["lower"][at] = tables[0]
-    refs["reads"][at, :CHUNK] = tables[1].astype(dtype)
-    refs["of_writes"][at] = tables[2].astype(dtype)
-    refs["reads"][at, CHUNK:] = tables[3].astype(dtype)
-
-
-def _places(x, half, *, rows=False):
-    """Of what b and k write: `[b, k]`, or `[a with b, a with k, q with b, q with k]`."""
-    moved = pltpu.roll(x, LANES - half, 1)
-    return (x, moved, pltpu.roll(x, half, 0), pltpu.roll(moved, half, 0)) if rows else (x, moved)
 
 
 def split(x):
