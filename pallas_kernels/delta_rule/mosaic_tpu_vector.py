@@ -168,8 +168,11 @@ def two_by_two(packs: int, visit: Callable[..., None], *arguments) -> None:
 
 
 def part_by_part(packs: int, parts: int, visit: Callable[..., None], *arguments) -> None:
-    """visit(pack, part, *arguments)"""
+    """visit(pack, part, *arguments), for two parts in lockstep."""
 
     @pl.loop(0, packs)
     def _(number):
-        pl.loop(0, parts)(lambda part: visit(number, part, *arguments))
+        @pl.loop(0, parts // 2)
+        def _(turn):
+            visit(number, 2 * turn, *arguments)
+            visit(number, 2 * turn + 1, *arguments)
