@@ -24,6 +24,7 @@ from pallas_kernels.delta_rule.mosaic_tpu_vector_tables import (
     apart,
     blocks,
     lanes_of,
+    places,
     sets_of,
     split,
     together,
@@ -61,7 +62,7 @@ class Vector:
         self.prepare(packs, tokens, refs)
         two_by_two(packs, self.solution, before, tokens.v, refs)
         one_by_one(packs, self.of_values, d_state, d_o, d_tokens.v, refs)
-        one_by_one(packs, gradients.of_states, before, d_state, pack, refs)
+        two_by_two(packs, gradients.of_states, before, d_state, pack, refs)
         one_by_one(packs, gradients.of_pairs, range(2), pack, refs)
         two_by_two(packs, gradients.of_pairs, range(2, len(HALVES)), pack, refs)
         two_by_two(packs, gradients.of_vectors, 0, pack, refs)
@@ -70,6 +71,7 @@ class Vector:
         one_by_one(packs, gradients.of_log_decay, tokens.log_decay, d_tokens.log_decay, pack, refs)
 
     def prepare(self, packs, tokens, refs):
+        tables.number_places(refs)
         part_by_part(packs, CHUNK // SPAN, tables.decay_within_spans, tokens, self.pack, refs)
         part_by_part(packs, 2, tables.decay_across_spans, tokens, self.pack, refs)
         one_by_one(packs, tables.score, tokens, self.pack, refs)
@@ -86,14 +88,14 @@ class Vector:
             found = found[CHUNK:] + self.of_b(number, u, unit, refs)
             o[:, at] = (found * self.scale).astype(o.dtype)
             written = product(writing, jnp.concatenate([u, values]), (0, 0), dtype)
-            state[number, :, unit] = old * across(total, old.shape[1]) + blocks(number, written, pack, unit)
+            state[number, :, unit] = old * across(total, old.shape[1]) + blocks(places(refs, old.shape[1])[1], written, pack, unit)
 
     def solution(self, number, before, v, refs):
         """U and V of `results`."""
         for unit in self.pack.units:
             values = v[:, lanes_of(number, self.pack.values, unit)]
             found = product(refs["ends"][number, 0, 0], before[number, :, unit], (1, 0), self.dtype)
-            found += self.of_sets(number, lambda at: refs["tables"][at, 0], values, unit, False)
+            found += self.of_sets(number, lambda at: refs["tables"][at, 0], values, unit, refs, False)
             u = self.solved(number, found, unit, refs)
             refs["written"][number, :, unit] = jnp.concatenate([u.astype(values.dtype), values])
 
@@ -102,44 +104,44 @@ class Vector:
         _, writing = both_ends(refs, number)
         for unit in self.pack.units:
             at = lanes_of(number, self.pack.values, unit)
-            of_o = d_o[:, at].astype(jnp.float32) * self.scale
+            of_o = (d_o[:, at].astype(jnp.float32) * self.scale).astype(self.dtype)
             found = product(writing, d_state[number, :, unit], (1, 0), self.dtype)
             of_u = found[:CHUNK] + self.of_b(number, of_o, unit, refs, transposed=True)
             right = self.solved(number, of_u, unit, refs, transposed=True)
-            read = jnp.concatenate([right, of_o]).astype(self.dtype)
+            read = jnp.concatenate([right.astype(self.dtype), of_o])
             refs["read"][number, :, unit] = read
             d_v[:, at] = (found[CHUNK:] + self.of_k(number, read, unit, refs, transposed=True)).astype(d_v.dtype)
 
     def of_k(self, number, x, unit, refs, *, transposed=False):
         """What a and q read of k's, from V; or back."""
-        return self.of_sets(number, lambda at: refs["tables"][at, :2].reshape(2 * CHUNK, -1), x, unit, transposed)
+        return self.of_sets(number, lambda at: refs["tables"][at, :2].reshape(2 * CHUNK, -1), x, unit, refs, transposed)
 
     def of_b(self, number, x, unit, refs, *, transposed=False):
         """What q reads of b's, from U; or back."""
-        return self.of_sets(number, lambda at: refs["tables"][at, 2], x, unit, transposed)
+        return self.of_sets(number, lambda at: refs["tables"][at, 2], x, unit, refs, transposed)
 
     def solved(self, number, x, unit, refs, *, transposed=False):
         """By the inverse, in more than bfloat16: see `mosaic_tpu_chunk.solve`."""
         if self.dtype == jnp.float32:
-            return self.of_sets(number, lambda at: refs["inverse"][at], x, unit, transposed)
+            return self.of_sets(number, lambda at: refs["inverse"][at], x, unit, refs, transposed)
         first, rest = split(x)
 
         def inverse(part):
             return lambda at: split(refs["inverse"][at])[part]
 
         parts = ((inverse(0), first), (inverse(1), first), (inverse(0), rest))
-        return sum(self.of_sets(number, table, x, unit, transposed) for table, x in parts)
+        return sum(self.of_sets(number, table, x, unit, refs, transposed) for table, x in parts)
 
-    def of_sets(self, number, table, x, unit, transposed):
+    def of_sets(self, number, table, x, unit, refs, transposed):
         """Products of tables of all heads with what is those heads' of x. table: of a set."""
-        sets, width, found = sets_of(self.pack), self.pack.value, 0.0
+        sets, width, found, lane = sets_of(self.pack), self.pack.value, 0.0, places(refs, x.shape[1])[1]
         for one in range(sets):
             matrix = table(number * sets + one)
             if transposed:
                 of_both = product(matrix, x, (0, 0), self.dtype)
-                found += together(number, of_both, one, width, unit.start)
+                found += together(lane, of_both, one, width, unit.start)
             else:
-                found += product(matrix, apart(number, x, one, width, unit.start), (1, 0), self.dtype)
+                found += product(matrix, apart(lane, x, one, width, unit.start), (1, 0), self.dtype)
         return found
 
 

@@ -67,7 +67,7 @@ def of_states(number, before, d_state, pack, refs):
     """What goes by the states, for a pack; and into d_state the cotangent of the state before the chunk."""
     dtype, of_reading, of_writing, of_total = refs["read"].dtype, 0.0, 0.0, 0.0
     reading = refs["ends"][number, 0].reshape(2 * CHUNK, pack.keys)
-    total, (since, until) = refs["total"][number], refs["outer"][number]
+    total, (since, until), lane = refs["total"][number], refs["outer"][number], places(refs, pack.values)[1]
     for unit in pack.units:
         read, written = refs["read"][number, :, unit], refs["written"][number, :, unit]
         state, later = before[number, :, unit], d_state[number, :, unit]
@@ -75,11 +75,11 @@ def of_states(number, before, d_state, pack, refs):
         of_writing += product(written, later, (1, 1), dtype)
         ones = jnp.ones((ROWS, later.shape[1]), jnp.float32)
         of_total += product(ones, state.astype(jnp.float32) * later, (1, 1), dtype)
-        earlier = blocks(number, product(reading, read, (0, 0), dtype), pack, unit)
+        earlier = blocks(lane, product(reading, read, (0, 0), dtype), pack, unit)
         d_state[number, :, unit] = later * across(total[:1], later.shape[1]) + earlier
     # A token's own q and b, k
     read, written = (refs[name][number].astype(jnp.float32) for name in ("read", "written"))
-    heads = blocks(number, jnp.ones((pack.keys, pack.values), jnp.float32), pack, slice(0, pack.values))
+    heads = blocks(lane, jnp.ones((pack.keys, pack.values), jnp.float32), pack, slice(0, pack.values))
     own = [product(read[CHUNK:] * x, heads, (1, 1), dtype) for x in (written[:CHUNK], written[CHUNK:])]
     refs["found"][number, :2] = jnp.stack([of_reading[:CHUNK] * since, of_reading[CHUNK:] * since])
     refs["beside"][number] = jnp.stack([of_writing[:CHUNK] * until, of_writing[CHUNK:] * until, *own])
@@ -90,17 +90,18 @@ def of_pairs(number, levels, pack, refs):
     """The cotangents of some of the products by halves, for a pack: of what reads (rows) by what writes, and the other way
     round."""
     dtype, sets = refs["read"].dtype, sets_of(pack)
-    row, lane = places(number, (ROWS, LANES))
+    every_row, every_lane = places(refs, max(LANES, pack.values))
+    row, lane = every_row[:, :LANES], every_lane[:, :LANES]
     column, block = lane & (ROWS - 1), lane & (CHUNK - ROWS)
     read, written = refs["read"][number], refs["written"][number]
     found = [[] for _ in range(sets)]
     for level in levels:
         half = HALVES[level]
         near, size = (row ^ column) < 2 * half, max(2 * half, ROWS)
-        x, y = taking_turns(number, read, half, 1), taking_turns(number, written, half, 0)
+        x, y = taking_turns(every_row, read, half, 1), taking_turns(every_row, written, half, 0)
         for one in range(sets):
             for first, second in ((x, y), (y, x)):
-                table = registers(product(first, apart(number, second, one, pack.value), (1, 1), dtype))
+                table = registers(product(first, apart(every_lane, second, one, pack.value), (1, 1), dtype))
                 for n, start in enumerate(range(0, CHUNK, ROWS)):
                     parts = (block & -size) == (start & -size)
                     table[n] = jnp.where(parts & near if half < ROWS else parts, table[n], 0.0)
@@ -110,7 +111,7 @@ def of_pairs(number, levels, pack, refs):
         refs["of_pairs"][number * sets + one, levels.start : levels.stop] = by_level
 
 
-def taking_turns(number, x, half, side):
+def taking_turns(row, x, half, side):
     """Of what belongs to a (u), and below it to q (v): rows of the former in second halves of blocks of 2 h tokens (side
     1) or in first ones (0), between them those of the latter from the other side."""
     if half >= SPAN:
@@ -120,7 +121,7 @@ def taking_turns(number, x, half, side):
     own, other = (registers(part.astype(jnp.float32)) for part in (x[:CHUNK], x[CHUNK:]))
     if half == ROWS:
         return joined(own[n] if n & 1 == side else other[n ^ 1] for n in range(len(own))).astype(x.dtype)
-    second = places(number, own[0].shape)[0] & half != 0
+    second = row[:, : x.shape[1]] & half != 0
     pairs = ((one, swap(beside, half, second)) for one, beside in zip(own, other, strict=True))
     return joined(jnp.where(second, *(pair if side else pair[::-1])) for pair in pairs).astype(x.dtype)
 
@@ -132,13 +133,13 @@ def of_vectors(number, kind, pack, refs):
     own, other = ([jnp.zeros((ROWS, pack.keys), jnp.float32)] * len(starts) for _ in range(2))
     if kind == 0:
         own, other = (registers(x) for x in refs["found"][number, both])
-    row = places(number, own[0].shape)[0]
+    row, lane = places(refs, pack.keys)
     beside, middles = refs["pairs"][number, :, 1 - kind], refs["middles"][number]
     cotangents = [refs["of_pairs"][number * sets + one, :, kind] for one in range(sets)]
     for level, half in enumerate(HALVES):
         found, second = 0.0, row & half != 0
         for one in range(sets):
-            found += product(cotangents[one][level], apart(number, beside[level], one, pack.key), (1, 0), dtype)
+            found += product(cotangents[one][level], apart(lane, beside[level], one, pack.key), (1, 0), dtype)
         found = registers(found)
         for n, start in enumerate(starts):
             decay = middles[level - 1, start : start + ROWS] if half > 1 else 1.0
@@ -170,11 +171,13 @@ def of_log_decay(number, log_decay, d_log_decay, pack, refs):
     later, sooner, of_a = refs["moved"][number]
     # What a reads, it reads before its own decay: it counts for the token before
     of_a = [pltpu.roll(x, ROWS - 1, 0) for x in registers(of_a)]
-    last = places(number, of_a[0].shape)[0] == ROWS - 1
+    row, lane = places(refs, max(LANES, pack.keys))
+    last = row[:, : pack.keys] == ROWS - 1
     of_a = joined(jnp.where(last, *pair) for pair in zip([*of_a[1:], jnp.zeros_like(of_a[0])], of_a, strict=True))
     moved = jnp.concatenate([later + of_a, sooner])
-    token, column = places(number, (CHUNK, 2 * CHUNK))
-    counted = ((column < CHUNK) & (column >= token)) | ((column >= CHUNK) & (column < token + CHUNK))
-    counted, parts = jnp.where(counted, 1.0, 0.0), [moved] if dtype == jnp.float32 else split(moved)
+    row, lane = row[:, :LANES], lane[:, :LANES]
+    tokens = [row + start for start in range(0, CHUNK, ROWS)]
+    counted = joined(jnp.where((lane >= token) & (lane < token + CHUNK), 1.0, 0.0) for token in tokens)
+    parts = [moved] if dtype == jnp.float32 else split(moved)
     found = sum(product(counted, x, (1, 0), dtype) for x in parts) + refs["through"][number, :1]
     d_log_decay[:, keys] = jnp.where(log_decay[:, keys] > NEVER, found, 0.0)

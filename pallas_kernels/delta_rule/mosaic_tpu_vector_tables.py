@@ -32,6 +32,7 @@ SPAN = 16  # tokens worked on at once: a register of bfloat16
 def scratch(pack, step, dtype, *, backward):
     keys, sets = pack.keys, step * sets_of(pack)
     found = {
+        "places": pltpu.VMEM((2, ROWS, -(-max(keys, pack.values) // LANES) * LANES), jnp.int32),
         "pairs": pltpu.VMEM((step, len(HALVES), 2, CHUNK, keys), dtype),
         # What reads the state before the chunk (a, q), and what writes the one after it (b, k)
         "ends": pltpu.VMEM((step, 2, 2, CHUNK, keys), dtype),
@@ -56,20 +57,20 @@ def decay_within_spans(number, at, tokens, pack, refs):
     total = registers(jnp.exp(tokens.log_decay[rows, lanes].astype(jnp.float32)))
     q = [x * decay for x, decay in zip(q, total, strict=True)]  # reads after the decay of its own token
     reading = rest = [jnp.ones_like(total[0])] * 2
-    row = places(number, total[0].shape)[0]
+    row = places(refs, pack.keys)[0]
     pairs, middles = [], []
     for half in (1, 2, 4):
         second = row & half != 0
         decay = [jnp.where(second, *x) for x in zip(reading, rest, strict=True)]
+        neighbour = [swap(x, half, second) for x in total]
+        reading = [x * jnp.where(second, by, 1.0) for x, by in zip(reading, neighbour, strict=True)]
+        rest = [x * jnp.where(second, 1.0, by) for x, by in zip(rest, neighbour, strict=True)]
+        total = [x * by for x, by in zip(total, neighbour, strict=True)]
         own = [jnp.where(second, *x) * by for *x, by in zip(a, b, decay, strict=True)]
         other = [swap(jnp.where(second, *x) * by, half, second) for *x, by in zip(q, k, decay, strict=True)]
         pairs.append([joined(jnp.where(second, *x) for x in zip(own, other, strict=True))])
         pairs[-1].append(joined(jnp.where(second, *x) for x in zip(other, own, strict=True)))
         middles.append(joined(decay))
-        neighbour = [swap(x, half, second) for x in total]
-        reading = [x * jnp.where(second, by, 1.0) for x, by in zip(reading, neighbour, strict=True)]
-        rest = [x * jnp.where(second, 1.0, by) for x, by in zip(rest, neighbour, strict=True)]
-        total = [x * by for x, by in zip(total, neighbour, strict=True)]
     reader, writer = reading[1], rest[0]
     pairs.append([joined([q[1] * reader, a[1] * reader]), joined([b[0] * writer, k[0] * writer])])
     middles.append(joined([writer, reader]))
@@ -122,7 +123,8 @@ def score(number, tokens, pack, refs):
     """The tables of a pack, without the inverse."""
     lanes, dtype, pairs = lanes_of(number, pack.keys), tokens.q.dtype, refs["pairs"][number]
     q, b, k = (x[:, lanes] for x in (tokens.q, tokens.b, tokens.k))
-    row, lane = places(number, (ROWS, LANES))
+    row, every_lane = places(refs, max(LANES, pack.keys))
+    row, lane = row[:, :LANES], every_lane[:, :LANES]
     column, block = lane & (ROWS - 1), lane & (CHUNK - ROWS)
     nothing = jnp.zeros((ROWS, LANES), jnp.float32)
 
@@ -134,9 +136,9 @@ def score(number, tokens, pack, refs):
         return found
 
     for one in range(sets_of(pack)):
-        of_level = [product(x, apart(number, y, one, pack.key), (1, 1), dtype) for x, y in pairs]
+        of_level = [product(x, apart(every_lane, y, one, pack.key), (1, 1), dtype) for x, y in pairs]
         # Within blocks of 8: a with b, a with k, q with b, q with k
-        itself = (on_diagonal(product(q, apart(number, x, one, pack.key), (1, 1), dtype)) for x in (b, k))
+        itself = (on_diagonal(product(q, apart(every_lane, x, one, pack.key), (1, 1), dtype)) for x in (b, k))
         near = [nothing, nothing, *(jnp.where(row == column, x, 0.0) for x in itself)]
         for half, found in zip(HALVES[:3], of_level, strict=False):
             of_b, of_k = _of_b_and_k(on_diagonal(found), half)
@@ -180,38 +182,49 @@ def lanes_of(number, width, unit=slice(None)):
     return pl.ds(pl.multiple_of(number * width + start, LANES), stop - start)
 
 
-def places(number, shape):
-    """(row, column) of each entry. Computed anew at each turn of a loop, as they hang on its number: kept for all loops of
-    a kernel, they and the masks made from them take most registers that there are."""
-    turn = number << 16
-    return tuple((jax.lax.broadcasted_iota(jnp.int32, shape, axis) + turn) & 0xFFFF for axis in (0, 1))
+def number_places(refs):
+    """The row and the column of each place, for `places`, with the first chunk. What is not loaded is computed once for
+    all loops of a kernel, and they and the masks made from them would take most registers that there are."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        for axis in (0, 1):
+            ref = refs["places"].at[axis]
+            ref[...] = jax.lax.broadcasted_iota(jnp.int32, ref.shape, axis)
 
 
-def keep_lanes(number, x, start, width):
-    """x, but 0 outside of some lanes."""
+def places(refs, width=LANES):
+    """(row, column), of a register or several side by side."""
+    row, lane = refs["places"][:, :, :width]
+    return row, lane
+
+
+def keep_lanes(lane, x, start, width):
+    """x, but 0 outside of some lanes. lane: numbers of lanes, of `places`."""
     if start <= 0 and start + width >= x.shape[1]:
         return x
-    lane = places(number, (1, x.shape[1]))[1]
+    lane = lane[:, : x.shape[1]]
     mask = jnp.where((lane >= start) & (lane < start + width), -1, 0)
-    return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & mask, x.dtype)  # two rows of bfloat16 at once
+    bits = registers(pltpu.bitcast(x, jnp.int32))  # of two rows of bfloat16 at once
+    return pltpu.bitcast(joined(part & mask[: part.shape[0]] for part in bits), x.dtype)
 
 
-def apart(number, x, one, width, offset=0):
+def apart(lane, x, one, width, offset=0):
     """x `[C, lanes]` for both heads of a set below one another, each 0 in the other heads' lanes. width: of a head;
     offset: of the lanes."""
-    return jnp.concatenate([keep_lanes(number, x, (2 * one + head) * width - offset, width) for head in range(2)])
+    return jnp.concatenate([keep_lanes(lane, x, (2 * one + head) * width - offset, width) for head in range(2)])
 
 
-def together(number, x, one, width, offset=0):
+def together(lane, x, one, width, offset=0):
     """The way back from `apart`, of what may be anything in other heads' lanes."""
     heads = (x[:CHUNK], x[CHUNK:])
-    return sum(keep_lanes(number, x, (2 * one + head) * width - offset, width) for head, x in enumerate(heads))
+    return sum(keep_lanes(lane, x, (2 * one + head) * width - offset, width) for head, x in enumerate(heads))
 
 
-def blocks(number, x, pack, unit):
+def blocks(lane, x, pack, unit):
     """Some lanes of a state, but 0 outside of the heads' blocks."""
     rows = (x[head * pack.key : (head + 1) * pack.key] for head in range(pack.heads))
-    return joined(keep_lanes(number, part, n * pack.value - unit.start, pack.value) for n, part in enumerate(rows))
+    return joined(keep_lanes(lane, part, n * pack.value - unit.start, pack.value) for n, part in enumerate(rows))
 
 
 def registers(x):
