@@ -12,18 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import product
 from pallas_kernels.mosaic_tpu_gates import Gates
 from pallas_kernels.mosaic_tpu_gates import rows_of_tokens as gated_rows
-from pallas_kernels.mosaic_tpu_halving import (
-    halvings,
-    part_at,
-    parting,
-    second_halves,
-    to_middle,
-    with_second_halves,
-)
+from pallas_kernels.mosaic_tpu_halving import part_at, parting, second_halves, with_second_halves
 from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side, spread
 
 
@@ -40,7 +32,7 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """decay: "none", "scalar" (in `rows`, see `Gates`) or "vector" (in the tokens)."""
+    """decay: "none" or "scalar" (in `rows`, see `Gates`)."""
 
     pack: Pack
     decay: str
@@ -65,27 +57,24 @@ class Body:
         ]
 
     def scores(self, tokens, gates):
-        """The tables of each head; what reads the state before the chunk, what writes the one after it, and the decay
-        between them (None: not here)."""
+        """The tables of each head; what reads the state before the chunk, and what writes the one after it."""
         reading, writing = jnp.concatenate([tokens.a, tokens.q]), jnp.concatenate([tokens.b, tokens.k])
-        if self.decay == "vector":
-            return self.vector_tables(tokens, reading, writing)
-        return self.scalar_tables(reading, writing, gates), reading, writing, None
+        return self.scalar_tables(reading, writing, gates), reading, writing
 
-    def results(self, state, v, gates, inverses, tables, since, until, total):
+    def results(self, state, v, gates, inverses, tables, since, until):
         length = v.shape[0]
         # Of what a reads, with the inverse of its system; and of what q reads
         tables = [
             ((table[:length], inverse), table[length:]) for table, inverse in zip(tables, inverses, strict=True)
         ]
         by_units = [
-            self.unit(lanes, tables, state[:, lanes], v[:, lanes], since, until, total, gates)
+            self.unit(lanes, tables, state[:, lanes], v[:, lanes], since, until, gates)
             for lanes in self.pack.units
         ]
         states, outs = zip(*by_units, strict=True)
         return side_by_side(states), side_by_side(outs)
 
-    def unit(self, lanes, tables, state, v, since, until, total, gates):
+    def unit(self, lanes, tables, state, v, since, until, gates):
         """Some lanes of the state and the outputs."""
         pack, dtype, length = self.pack, self.dtype, v.shape[0]
         before = product(since, state, (1, 0), dtype)
@@ -110,8 +99,6 @@ class Body:
         # The state after it
         if gates is not None:
             written, state = written.astype(jnp.float32) * to_end, state * whole
-        if self.decay == "vector":
-            state = state * total
         state = state + pack.blocks(product(until, written, (0, 0), dtype), lanes)
         return state, (o * self.scale).astype(v.dtype)
 
@@ -125,37 +112,6 @@ class Body:
             scores = product(self.pack.of_keys(head, reading), writing, (1, 1), self.dtype)
             found.append(jnp.where(seen, scores, 0.0) if gates is None else scores * gates.between(head, seen))
         return found
-
-    def vector_tables(self, tokens, reading, writing):
-        """Of each head `[2 C, 2 C]`; and the reading and the writing vectors as they meet the state before and after
-        the chunk, and the decay of the state, `[keys, 1]`."""
-        heads, length = self.pack.heads, tokens.v.shape[0]
-        log_decay = as_log_decay(tokens.log_decay, np.dtype(np.float32))
-        own = self.heads_below(reading)
-        size = (own.shape[0], 2 * length)
-        reader, i, j = _place(length, size)
-        scores = jnp.where((i == j) & reader, product(own, writing, (1, 1), self.dtype), 0.0)
-        # q reads after the decay of its own token
-        token = jnp.exp(log_decay)
-        read = reading.astype(jnp.float32) * jnp.concatenate([jnp.ones_like(token), token])
-        stacked, writing = self.heads_below(read), writing.astype(jnp.float32)
-        pairs = parting(i, j)
-        for half, sums in halvings(log_decay, exclusive=True):
-            if half < length:
-                decay = to_middle(sums, half)
-                both = jnp.concatenate([second_halves(decay, half)] * (2 * heads))
-                later = second_halves(stacked, half) * both
-                found = product(later, writing * jnp.concatenate([decay] * 2), (1, 1), self.dtype)
-                parts = part_at(second_halves(pairs, half), half)
-                scores = with_second_halves(scores, jnp.where(parts, found, second_halves(scores, half)), half)
-        tables = [scores[head * 2 * length : (head + 1) * 2 * length] for head in range(heads)]
-        since = read * jnp.concatenate([jnp.exp(sums.reading)] * 2)
-        until = writing * jnp.concatenate([jnp.exp(sums.rest)] * 2)
-        return tables, since, until, jnp.exp(sums.total).T[:, :1]
-
-    def heads_below(self, x):
-        heads = [self.pack.of_keys(head, x) for head in range(self.pack.heads)]
-        return heads[0] if len(heads) == 1 else jnp.concatenate(heads)
 
 
 def _place(length, shape):

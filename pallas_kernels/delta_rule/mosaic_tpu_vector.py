@@ -1,9 +1,9 @@
-"""The chunk of the delta rule with a decay for each key channel on a TPU, over references: the formulas of `chunked.py`.
+"""The chunk of the delta rule with a decay for each key channel on a TPU, over references: as in `chunked.py`.
 
 Stage by stage, each of them for all packs of a step. A turn of a loop is a block of instructions that is scheduled by
 itself: the compiler begins all that it can within one, whether there are registers for it or not. So a turn is some
-hundred instructions long, of one pack, or of two in lockstep where their values fit into the registers, as one alone waits
-for its own products.
+hundred instructions long, of one pack, or of two in lockstep where their values fit into the registers, as one alone
+waits for its own products.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from pallas_kernels.delta_rule.mosaic_tpu_vector_tables import (
     split,
     together,
 )
-from pallas_kernels.mosaic_tpu_chunks import product
+from pallas_kernels.mosaic_tpu_chunks import LANES, product
 from pallas_kernels.mosaic_tpu_packs import Pack
 
 PACKS = 4  # in a step of the grid: two turns of two
@@ -88,7 +88,8 @@ class Vector:
             found = found[CHUNK:] + self.of_b(number, u, unit, refs)
             o[:, at] = (found * self.scale).astype(o.dtype)
             written = product(writing, jnp.concatenate([u, values]), (0, 0), dtype)
-            state[number, :, unit] = old * across(total, old.shape[1]) + blocks(places(refs, old.shape[1])[1], written, pack, unit)
+            written = blocks(places(refs, old.shape[1])[1], written, pack, unit)
+            state[number, :, unit] = old * across(total, old.shape[1]) + written
 
     def solution(self, number, before, v, refs):
         """U and V of `results`."""
@@ -110,11 +111,13 @@ class Vector:
             right = self.solved(number, of_u, unit, refs, transposed=True)
             read = jnp.concatenate([right.astype(self.dtype), of_o])
             refs["read"][number, :, unit] = read
-            d_v[:, at] = (found[CHUNK:] + self.of_k(number, read, unit, refs, transposed=True)).astype(d_v.dtype)
+            of_v = found[CHUNK:] + self.of_k(number, read, unit, refs, transposed=True)
+            d_v[:, at] = of_v.astype(d_v.dtype)
 
     def of_k(self, number, x, unit, refs, *, transposed=False):
         """What a and q read of k's, from V; or back."""
-        return self.of_sets(number, lambda at: refs["tables"][at, :2].reshape(2 * CHUNK, -1), x, unit, refs, transposed)
+        both = (2 * CHUNK, LANES)
+        return self.of_sets(number, lambda at: refs["tables"][at, :2].reshape(both), x, unit, refs, transposed)
 
     def of_b(self, number, x, unit, refs, *, transposed=False):
         """What q reads of b's, from U; or back."""
@@ -152,29 +155,39 @@ def both_ends(refs, number):
 
 def one_by_one(packs: int, visit: Callable[..., None], *arguments) -> None:
     """visit(pack, *arguments)"""
-
-    @pl.loop(0, packs)
-    def _(number):
-        visit(number, *arguments)
+    _turns(packs, lambda number: visit(number, *arguments))
 
 
 def two_by_two(packs: int, visit: Callable[..., None], *arguments) -> None:
-    """As `one_by_one`, in lockstep; but no loop with a single turn, which is none."""
-    if packs % 4:
+    """As `one_by_one`, in lockstep."""
+    if packs % 2:
         return one_by_one(packs, visit, *arguments)
 
-    @pl.loop(0, packs // 2)
-    def _(turn):
-        visit(2 * turn, *arguments)
-        visit(2 * turn + 1, *arguments)
+    def turn(n):
+        visit(2 * n, *arguments)
+        visit(2 * n + 1, *arguments)
+
+    _turns(packs // 2, turn)
 
 
 def part_by_part(packs: int, parts: int, visit: Callable[..., None], *arguments) -> None:
-    """visit(pack, part, *arguments), for two parts in lockstep."""
+    """visit(pack, part, *arguments), two parts in lockstep."""
 
-    @pl.loop(0, packs)
-    def _(number):
-        @pl.loop(0, parts // 2)
-        def _(turn):
-            visit(number, 2 * turn, *arguments)
-            visit(number, 2 * turn + 1, *arguments)
+    def of_pack(number):
+        def turn(n):
+            visit(number, 2 * n, *arguments)
+            visit(number, 2 * n + 1, *arguments)
+
+        if parts == 2:
+            turn(0)
+        else:
+            pl.loop(0, parts // 2)(turn)
+
+    _turns(packs, of_pack)
+
+
+def _turns(count, turn):
+    if count > 1:
+        pl.loop(0, count)(turn)
+    else:  # a block by itself, too: what always holds, which the compiler does not know
+        pl.when(pl.program_id(0) < pl.num_programs(0))(lambda: turn(0))

@@ -1,7 +1,7 @@
 """The gradients of a chunk of the delta rule with a decay for each key channel on a TPU, over references.
 
-With R = (a; q) of what reads, each decayed from the start of the chunk, W = (b; k) of what writes, decayed to its end, the
-table M = (M_a; M_q) of all pairs, and (U; V) what is written,
+With R = (a; q) of what reads, each decayed from the start of the chunk, W = (b; k) of what writes, decayed to its
+end, the table M = (M_a; M_q) of all pairs, and (U; V) what is written,
 
     (I - M_ab) U = A S + M_ak V          O = Q S + M_q (U; V)          S' = total S + W^T (U; V)
 
@@ -10,13 +10,13 @@ and with Y the cotangent of the right side of the system,
     dU = M_qb^T dO + B dS'      Y = (I - M_ab)^-T dU      dV = M_ak^T Y + M_qk^T dO + K dS'      dM = (Y; dO) (U; V)^T
     dR = (Y; dO) S^T            dW = (U; V) dS'^T         dS = total dS' + R^T (Y; dO)
 
-The table's gradient goes back through the same products by halves that made it: what takes turns in the rows of `pairs`
-takes turns here, so that each of them is one product of 64 rows.
+The table's gradient goes back through the same products by halves that made it: what takes turns in the rows of
+`pairs` takes turns here, so that each of them is one product of 64 rows.
 
 A log decay scales what is written before it and read after it, so its gradient is a sum over tokens, in each channel:
-of a da and q dq of what reads later, less b db and k dk of what is written from then on and read in this chunk, plus those of
-what was written before and is read after the chunk, and of the state that goes through. Nothing is subtracted that did
-not come later: where nothing later has a cotangent it is exactly 0.
+of a da and q dq of what reads later, less b db and k dk of what is written from then on and read in this chunk, plus
+those of what was written before and is read after the chunk, and of the state that goes through. Nothing is
+subtracted that did not come later: where nothing later has a cotangent it is exactly 0.
 """
 
 import jax.numpy as jnp
@@ -87,8 +87,8 @@ def of_states(number, before, d_state, pack, refs):
 
 
 def of_pairs(number, levels, pack, refs):
-    """The cotangents of some of the products by halves, for a pack: of what reads (rows) by what writes, and the other way
-    round."""
+    """The cotangents of some of the products by halves, for a pack: of what reads (rows) by what writes, and the other
+    way round."""
     dtype, sets = refs["read"].dtype, sets_of(pack)
     every_row, every_lane = places(refs, max(LANES, pack.values))
     row, lane = every_row[:, :LANES], every_lane[:, :LANES]
@@ -112,7 +112,7 @@ def of_pairs(number, levels, pack, refs):
 
 
 def taking_turns(row, x, half, side):
-    """Of what belongs to a (u), and below it to q (v): rows of the former in second halves of blocks of 2 h tokens (side
+    """Of what belongs to a (b), and below it to q (k): rows of the former in second halves of blocks of 2 h tokens (side
     1) or in first ones (0), between them those of the latter from the other side."""
     if half >= SPAN:
         starts = ((start, bool(start & half) == (side == 1)) for start in range(0, CHUNK, half))

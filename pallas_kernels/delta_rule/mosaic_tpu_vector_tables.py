@@ -1,12 +1,12 @@
 """The tables of a chunk of the delta rule on a TPU with a decay for each key channel, over references, by halves.
 
-As in `mosaic_tpu_halving`, the decay between two tokens passes the middle of the smallest aligned block that holds both,
-and is a product of two factors of at most 1. A factor is a product of the decays exp(g) of a few tokens themselves: of
-blocks twice as long it comes from those of their halves by one exchange of neighbours and one multiplication. So there is
-one exponential for each token, and -inf or a gate of -1e-6 beside one of -100 need no care.
+As in `mosaic_tpu_halving`, the decay between two tokens passes the middle of the smallest aligned block that holds
+both, and is a product of two factors of at most 1. A factor is a product of the decays exp(g) of a few tokens
+themselves: of blocks twice as long it comes from those of their halves by one exchange of neighbours and one
+multiplication. So there is one exponential for each token, and -inf or a gate of -1e-6 beside one of -100 need no care.
 
-Where blocks of 2 h tokens part, only tokens of second halves read and only those of first halves write. So what a and q
-read takes turns in the rows of one matrix, and so does what b and k write:
+Where blocks of 2 h tokens part, only tokens of second halves read and only those of first halves write. So what a and
+q read takes turns in the rows of one matrix, and so does what b and k write:
 
     pairs[., 0]: row t is that of a_t where t is in a second half, else that of q_{t+h}
     pairs[., 1]: row t is that of b_t where t is in a first half, else that of k_{t-h}
@@ -184,7 +184,7 @@ def lanes_of(number, width, unit=slice(None)):
 
 def number_places(refs):
     """The row and the column of each place, for `places`, with the first chunk. What is not loaded is computed once for
-    all loops of a kernel, and they and the masks made from them would take most registers that there are."""
+    all loops of a kernel: they and the masks made from them would take most registers that there are."""
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -236,7 +236,7 @@ def joined(parts):
 
 
 def swap(x, half, second):
-    """Rows t with rows t ^ half, of a register. second: whether a row is in the second half of its block of 2 x half."""
+    """Rows t with rows t ^ half, of a register. second: whether a row is in the second half of its block of 2 h."""
     back = pltpu.roll(x, half, 0)
     return back if 2 * half == ROWS else jnp.where(second, back, pltpu.roll(x, ROWS - half, 0))
 
