@@ -112,7 +112,7 @@ def of_pairs(number, levels, pack, refs):
 
 
 def taking_turns(row, x, half, side):
-    """Of what belongs to a (b), and below it to q (k): rows of the former in second halves of blocks of 2 h tokens (side
+    """Of what belongs to a (b), and below it to q (k): rows of the former in second halves of blocks of 2 h (side
     1) or in first ones (0), between them those of the latter from the other side."""
     if half >= SPAN:
         starts = ((start, bool(start & half) == (side == 1)) for start in range(0, CHUNK, half))
