@@ -1,8 +1,8 @@
 """The delta rule on a TPU by Pallas kernels (Mosaic), forward and backward: `chunked`'s formulas (arXiv 2406.06484
 section 3.2, 2412.06464 section 3.3) in bfloat16 products for bfloat16 inputs, in full precision for float32.
 
-`mosaic_tpu_chunks` makes the kernels of a chunk: by hand, `mosaic_tpu_scalar`, with one decay a head or none; of a
-function, `mosaic_tpu_chunk`, with one a channel. One token goes to `mosaic_tpu_step`.
+`mosaic_tpu_chunks` makes the kernels of a chunk: `mosaic_tpu_scalar`, with one decay a head or none, or
+`mosaic_tpu_vector`, with one a channel. One token goes to `mosaic_tpu_step`.
 """
 
 import functools
@@ -14,18 +14,17 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices
 from pallas_kernels.delta_rule import chunked
-from pallas_kernels.delta_rule.mosaic_tpu_chunk import Body, Tokens
 from pallas_kernels.delta_rule.mosaic_tpu_scalar import Scalar
 from pallas_kernels.delta_rule.mosaic_tpu_tables import rows_of_tokens
+from pallas_kernels.delta_rule.mosaic_tpu_vector import PACKS, Vector
 from pallas_kernels.delta_rule.reference import first_state, mark_documents
 from pallas_kernels.linear_attention.reference import as_log_decay
-from pallas_kernels.mosaic_tpu_chunks import Plan, Pure, divisor, scan_chunks
+from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, divisor, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import narrow_pack
 from pallas_kernels.mosaic_tpu_step import step
 
 CHUNK = 64  # two of them fill the lanes
 AT_ONCE = 8  # heads that one step of the grid works on at most, so that they need not wait for their products
-AT_ONCE_BY_CHANNEL = 4  # with one decay a channel
 
 
 def supports(q, k, v, a, b, log_decay, initial_state, segment_ids, scale) -> str | None:
@@ -71,11 +70,14 @@ def run(
         rows = rows_of_tokens(gates, chunk, pack.heads, q.dtype)
     if decay != "vector":
         tokens = tokens._replace(log_decay=None)
-    tokens = jax.tree.map(flat, Tokens(*tokens))
-    at_once = divisor(packs, max((AT_ONCE_BY_CHANNEL if decay == "vector" else AT_ONCE) // pack.heads, 1))
+    tokens = jax.tree.map(flat, tokens)
+    if decay == "vector":
+        body = Vector(pack, scale, q.dtype)
+        at_once = 1 if pack.keys % LANES or pack.values % LANES else divisor(packs, PACKS)
+    else:
+        body, at_once = Scalar(pack, decay, scale, q.dtype), divisor(packs, max(AT_ONCE // pack.heads, 1))
     plan = Plan(chunk, packs, (packs,) * len(jax.tree.leaves(tokens)), at_once, keep=q.dtype)
-    form = Pure(Body(pack, scale, q.dtype)) if decay == "vector" else Scalar(pack, decay, scale, q.dtype)
-    state, o = scan_chunks(form, plan, None, pack.join_states(state), tokens, rows)
+    state, o = scan_chunks(body, plan, None, pack.join_states(state), tokens, rows)
     return o[:, :length].reshape(v.shape), pack.part_states(state)
 
 

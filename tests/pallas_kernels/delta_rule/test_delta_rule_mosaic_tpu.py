@@ -27,7 +27,7 @@ class TestDeltaRule(conformance_tests(conformance.SUITE)):
     [
         (Shape(B=1, T=140, H=1, K=64, V=64, decay="none"), {"keys": "alike"}),
         (Shape(B=1, T=70, H=4, K=64, V=64), {"gates": "extreme"}),  # two packs of two heads at once
-        (Shape(B=1, T=70, H=2, K=64, V=64, decay="vector"), {"gates": "extreme"}),
+        (Shape(B=1, T=70, H=8, K=64, V=64, decay="vector"), {"gates": "extreme"}),  # four packs, two in lockstep
     ],
 )
 def test_bfloat16(shape, options):
