@@ -16,26 +16,26 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import devices
-from pallas_kernels.attention import tiles
+from pallas_kernels.attention import mosaic_tpu_pairs, mosaic_tpu_stream, tiles
 from pallas_kernels.attention.mosaic_tpu_backward import backward
 from pallas_kernels.attention.mosaic_tpu_forward import forward
 from pallas_kernels.attention.mosaic_tpu_rules import LANES, LOG2_E, NEVER, Rules
-from pallas_kernels.attention.mosaic_tpu_stream import plans
 from pallas_kernels.attention.mosaic_tpu_vmap import with_more_rows
 from pallas_kernels.attention.options import Options
 
 # Rows and keys of a tile, forward and backward: the largest of those tried that compilers schedule without spilling
-# registers. Larger ones spill, and take fewer cycles all the same: see WORKSPACE.md. Of a v6e's: half of the rows,
-# except where the forward goes in stages, of half a tile each.
+# registers. Of a v6e's: half of the rows, except where the forward goes in stages, of half a tile each.
 FORWARD = (512, 512)
 IN_STAGES = (1024, 512)
 IN_STAGES_MASKED_TWICE = (1024, 256)  # by documents or a window, beside by order
 BACKWARD = (512, 512)
 # At most these where a score takes more registers: a soft cap, keys wider than the lanes.
 HEAVY_FORWARD = (256, 256)
-HEAVY_BACKWARD = (128, 256)
+HEAVY_BACKWARD = (128, 512)
 # At most this for float32 products, and for keys wider than twice the lanes.
 HEAVIEST = (128, 128)
+
+OUTER = 4096 * LANES  # numbers in the keys of an outer tile of the backward, at most
 
 LEAST_IN_STAGES = 256  # rows: with no more, filling and draining the stages takes as long as it spares
 
@@ -163,7 +163,7 @@ def _tiled(options, q, k, v, slopes, index):
     def run(arrays, slopes):
         return tuple(forward(rules, *arrays, slopes, grid.in_stages, across))
 
-    out, sums = with_more_rows(run)((plans(order), queries, keys, values, *index), by_head)
+    out, sums = with_more_rows(run)((mosaic_tpu_stream.plans(order), queries, keys, values, *index), by_head)
     logsumexp = grid.join_queries(sums.swapaxes(3, 4))[..., 0] / LOG2_E
     return grid.join_queries(out), logsumexp
 
@@ -173,7 +173,8 @@ def _backward(options, residuals, cotangents):
     do, of_logsumexp = cotangents
     grid, rules = _grid(q, k, options, backward=True), _rules(q, k, v, options)
     cut = grid.cut_index(index)
-    order = jax.vmap(functools.partial(tiles.schedule, band=rules.band, by_query=False))(cut)
+    active = jax.vmap(functools.partial(tiles.overlaps, band=rules.band))(cut)[0]
+    together = _together(active.shape[2], grid.keys * max(q.shape[3], rules.value_width))
     # d scores = weights (d weights - product): the log-sum-exp's derivative in a score is that score's weight
     product = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - of_logsumexp
     # For a row that sees nothing, real or filled in, exp2(score - 1e30) is 0.
@@ -183,10 +184,11 @@ def _backward(options, residuals, cotangents):
     *arrays, by_head = _blocks(grid, q, k, v, slopes, cut, options)
 
     def run(arrays, slopes):
-        return tuple(backward(rules, *arrays, slopes))
+        return tuple(backward(rules, _goes_in_stages(q, options), together, *arrays, slopes))
 
-    gradients = with_more_rows(run)((plans(order), *arrays, grid.cut_queries(do), statistics), by_head)
-    dq = (grid.join_queries(gradients[0]) * options.scale).astype(q.dtype)
+    plans = mosaic_tpu_pairs.plans(active, together)
+    gradients = with_more_rows(run)((plans, *arrays, grid.cut_queries(do), statistics), by_head)
+    dq = (grid.join_queries(gradients[0].swapaxes(3, 4)) * options.scale).astype(q.dtype)
     dk = grid.join_keys(gradients[1])
     dv = None if v is None else grid.join_keys(gradients[2])
     dindex = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), index)
@@ -233,6 +235,17 @@ def _grid(q, k, options, backward):
     return grid
 
 
+def _together(tiles: int, size: int) -> int:
+    """How many tiles of keys make an outer tile of the backward: a power of two. size: numbers in one of them.
+
+    What begins and ends one takes as long as two or three pairs of tiles, and dq is read and written once for each.
+    """
+    together = 1
+    while together < tiles and 2 * together * size <= OUTER:
+        together *= 2
+    return together
+
+
 def _fill_lanes(x, multiple):
     missing = -x.shape[3] % multiple
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
@@ -248,7 +261,7 @@ def _is_light(q, options) -> bool:
 
 
 def _goes_in_stages(q, options) -> bool:
-    """A v6e's matrix units are fast enough to wait for the softmax, else."""
+    """A v6e's matrix units are fast enough to wait for the softmax, else; and wide enough to be half empty."""
     return _is_v6e() and _is_light(q, options)
 
 

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.mosaic_tpu_rules import LANES, NEVER, VMEM_LIMIT, across_lanes, row_of, spread
+from pallas_kernels.attention.mosaic_tpu_rules import (
+    LANES,
+    NEVER,
+    VMEM_LIMIT,
+    across_lanes,
+    in_main_memory,
+    row_of,
+    spread,
+)
 from pallas_kernels.attention.mosaic_tpu_stream import Stream
 
 
@@ -31,7 +39,7 @@ def forward(rules, plans, queries, keys, values, query_index, key_index, slopes,
 
     slots, halves = (4, 2) if in_stages else (2, 1)
     plan_row, index_row = row_of(plans, batch), row_of(query_index, batch)
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    whole = pl.BlockSpec(memory_space=pltpu.HBM)
     plan_spec = pl.BlockSpec(
         (None, None, 1, plans.shape[3]), lambda b, g, i: (plan_row(b), i, 0, 0), memory_space=pltpu.SMEM
     )
@@ -75,7 +83,7 @@ def forward(rules, plans, queries, keys, values, query_index, key_index, slopes,
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         name=f"attention_forward_{rows}_{tile}",
-    )(plans, queries, keys, values, query_index, key_index, slopes)
+    )(plans, queries, *map(in_main_memory, (keys, values)), query_index, in_main_memory(key_index), slopes)
 
 
 def _kernel(

@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.tiles import Band
 
@@ -56,13 +57,21 @@ class Rules:
         if self.band.causal:
             conditions.append(kv_position <= position)
         if self.band.window is not None:
-            conditions.append(position - kv_position < self.band.window)
+            conditions.append(kv_position > position - self.band.window)
         return functools.reduce(jnp.logical_and, conditions)
 
 
 def row_of(array, batch: int):
     """The row of an array that serves row b of the batch: its only one, or its own."""
     return (lambda b: b) if array.shape[0] == batch else (lambda b: 0)
+
+
+def in_main_memory(array):
+    """An operand that the kernel copies itself, or None, kept where it is.
+
+    XLA would have small ones in fast memory, and a copy from there is not the copy engine's work but the vector unit's.
+    """
+    return None if array is None else pltpu.with_memory_space_constraint(array, pltpu.HBM)
 
 
 def across_lanes(row):

@@ -57,17 +57,17 @@ class Stream(NamedTuple):
             for number, (source, buffer) in enumerate(zip(self.sources, self.buffers, strict=True))
         ]
 
-    def _begin(self, first):
+    def begin(self, first):
         @pl.when(first)
         def _():
             self.slot[0] = 0
-            self._fetch(0, 0)
+            self.fetch(0, 0)
 
-    def _wait(self, n, slot):
+    def wait(self, n, slot):
         for copy in self._copies(self.tile(n), slot):
             copy.wait()
 
-    def _fetch(self, n, slot):
+    def fetch(self, n, slot):
         tile = self.tile(n)
 
         @pl.when(tile >= 0)
@@ -88,11 +88,11 @@ class Stream(NamedTuple):
         first: whether no outer tile before this one has fetched ahead.
         """
 
-        self._begin(first)
+        self.begin(first)
 
         def step(masked, n, slot):
-            self._fetch(n + 1, 1 - slot)
-            self._wait(n, slot)
+            self.fetch(n + 1, 1 - slot)
+            self.wait(n, slot)
             visit(masked, n, slot)
             return 1 - slot
 
@@ -111,7 +111,7 @@ class Stream(NamedTuple):
 
         Four slots: of the tile before, this one, the next one, and one that is fetched.
         """
-        self._begin(first)
+        self.begin(first)
         base, visited = self.slot[0], self.visited
 
         def slot(n):
@@ -120,8 +120,8 @@ class Stream(NamedTuple):
         def arrive(n):
             @pl.when(n < visited)
             def _():
-                self._fetch(n + 1, (base + n + 1) & 3)
-                self._wait(n, slot(n))
+                self.fetch(n + 1, (base + n + 1) & 3)
+                self.wait(n, slot(n))
 
         def when_any(stage, *arguments):
             pl.when(visited > 0)(lambda: stage(*arguments))

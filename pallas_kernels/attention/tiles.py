@@ -123,8 +123,8 @@ def _summarise(documents, positions) -> _Summary:
     )
 
 
-def schedule(index: Index, band: Band, by_query: bool) -> Order:
-    """The tiles to visit in one row: the key tiles of each query tile, or (not by_query) the other way round."""
+def overlaps(index: Index, band: Band) -> tuple[Bool[Array, "queries keys"], Bool[Array, "queries keys"]]:
+    """For each query tile and key tile of one row: whether any query sees any key, whether every one sees every one."""
     query = _Summary(*(a[:, None] for a in _summarise(index.documents, index.positions)))
     key = _Summary(*(a[None, :] for a in _summarise(index.kv_documents, index.kv_positions)))
     active = (query.first <= key.last) & (key.first <= query.last)
@@ -138,7 +138,12 @@ def schedule(index: Index, band: Band, by_query: bool) -> Order:
         full &= query.high - key.low < band.window
     if index.block_mask is not None:
         active &= index.block_mask
-    full &= active
+    return active, full & active
+
+
+def schedule(index: Index, band: Band, by_query: bool) -> Order:
+    """The tiles to visit in one row: the key tiles of each query tile, or (not by_query) the other way round."""
+    active, full = overlaps(index, band)
     rank = jnp.where(full, 0, jnp.where(active, 1, 2))
     rank = rank if by_query else rank.T
     return Order(

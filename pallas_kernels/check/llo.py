@@ -43,9 +43,11 @@ class Kernel:
     grid). loops: the bundles of each loop inside a step. steps: how often the loop over the grid runs, its steps and
     what fills and drains its pipeline; 1 without a grid. tiles: the bundles of each part of a step that has matrix
     products and does not run once in every step: a loop, or what is skipped on a condition. optional: the bundles of
-    what else is skipped on a condition, as what begins or ends a row of tiles. products: of a step's
-    bundles, the share that starts a matrix product (with libtpu 0.0.50 and before: or loads weights for one). spills,
-    fills: vector registers that are stored and loaded again for want of registers, at one pass through all of the code.
+    what else is skipped on a condition, as what begins or ends a row of tiles. inside: those of what is skipped in
+    tiles and has no matrix products. others: the bundles of each loop that is no tile and in none. products: of a
+    step's bundles, the share that starts a matrix product (with libtpu 0.0.50 and before: or loads weights for one).
+    spills, fills: vector registers that are stored and loaded again for want of registers, at one pass through all of
+    the code.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Kernel:
     steps: int
     tiles: tuple[int, ...]
     optional: int
+    inside: int
+    others: tuple[int, ...]
     products: float
     spills: int
     fills: int
@@ -72,16 +76,25 @@ def kernel(name: str, folder: Path) -> Kernel:
     slots, used = read_utilization(_file(folder, name, "final_hlo-static-per-bundle-utilization").read_text())
     allocations = _ALLOCATION.findall(_file(folder, name, "post-delay-converter").read_text())
     whole = loops(bundles)
-    first, last = max(whole.pop(0, [(0, len(bundles))]), key=lambda span: span[1] - span[0])
     column = {slot: number for number, slot in enumerate(slots)}
     units = column.get("MATMUL", column.get("MXU"))  # libtpu 0.0.50 counts products and the loading of weights together
+    first, last = max(whole.get(0, [(0, len(bundles))]), key=lambda span: span[1] - span[0])
+    if any(row[units] for row in used[:first] + used[last:]):  # a grid of one step has no loop
+        first, last = 0, len(bundles)
+    else:
+        whole.pop(0, None)
     step = used[first:last]
     inner = [(start, end) for spans in whole.values() for start, end in spans if first <= start < last]
     conditional = [span for span in skipped(bundles) if first < span[0] and span[1] <= last and not within(span, inner)]
     spans = [span for span in inner + conditional if any(row[units] for row in used[slice(*span)])]
     tiles = sorted(span for span in spans if not any(within(other, [span]) for other in spans))
-    others = {span for span in conditional if span not in spans and not within(span, tiles)}
-    optional = sum(end - start for start, end in others if not within((start, end), list(others)))
+    outside = {span for span in conditional if span not in spans and not within(span, tiles)}
+    parts = {span for span in skipped(bundles) if within(span, tiles)}
+    parts = {span for span in parts if not any(row[units] for row in used[slice(*span)])}
+    optional, inside = (
+        sum(end - start for start, end in found if not within((start, end), list(found))) for found in (outside, parts)
+    )
+    others = [span for span in inner if span not in tiles and not within(span, tiles + list(outside))]
     return Kernel(
         name=name,
         vmem=sum(int(size, 16) for size in allocations),
@@ -91,6 +104,8 @@ def kernel(name: str, folder: Path) -> Kernel:
         steps=grid_steps(bundles[first:last]) if last - first < len(bundles) else 1,
         tiles=tuple(end - start for start, end in tiles),
         optional=optional,
+        inside=inside,
+        others=tuple(end - start for start, end in others),
         products=sum(row[units] > 0 for row in step) / max(len(step), 1),
         spills=sum(row[column["VSTORE:SPILL"]] for row in used),
         fills=sum(row[column["VLOAD:FILL"]] for row in used),

@@ -10,7 +10,9 @@ stalls), 8 heads of 128, causal, bfloat16:
 steps: how often the loop over the grid runs, by its exit test: those in which nothing is seen are among them. tile: a
 loop in the step, or what is skipped on a condition, that has matrix products. Where a step has two of them, the first
 is for tiles of which all is seen, the second for those that the mask cuts. Where it has four, the first and the last
-fill and drain the stages of a pipeline, and a tile before one that is cut goes with those that are.
+fill and drain the stages of a pipeline, and a tile before one that is cut goes with those that are. Where it has three,
+the second is a loop of two pairs of tiles a turn, the first and the last fill and drain its two stages; what is skipped
+inside of it begins a run of pairs with the same queries, and the other loops go over an outer tile's tiles of keys.
 """
 
 import functools
@@ -143,6 +145,9 @@ def count(row: dict[str, Any]) -> dict[str, Any]:
 def cycles_of(kernel: dict[str, Any], shape: Shape, queries: int, keys: int) -> int:
     """See the module's docstring. Raises: ValueError for a kernel with other numbers of tiles in a step."""
     tiles, lines = kernel["tiles"], causal_tiles(shape.T, queries, keys)
+    outside = kernel["step"] - sum(tiles) - kernel["optional"]
+    if len(tiles) == 3:
+        return kernel["steps"] * outside + shape.B * shape.H * _in_pairs(kernel, shape, lines, queries, keys)
     seen, whole = (sum(numbers) for numbers in zip(*lines, strict=True))
     before_whole = sum(max(number - 1, 0) for _, number in lines)
     visits = {
@@ -152,10 +157,20 @@ def cycles_of(kernel: dict[str, Any], shape: Shape, queries: int, keys: int) -> 
         4: (len(lines), before_whole, seen - before_whole, len(lines)),
     }.get(len(tiles))
     if visits is None:
-        raise ValueError(f"{kernel['name']}: {len(tiles)} parts of a step have matrix products; expected 0, 1, 2 or 4")
-    outside = kernel["step"] - sum(tiles) - kernel["optional"]
+        raise ValueError(f"{kernel['name']}: {len(tiles)} parts of a step have matrix products; expected 0 to 4")
     inside = len(lines) * kernel["optional"] + sum(size * number for size, number in zip(tiles, visits, strict=True))
     return kernel["steps"] * outside + shape.B * shape.H * inside
+
+
+def _in_pairs(kernel: dict[str, Any], shape: Shape, lines: list[tuple[int, int]], queries: int, keys: int) -> int:
+    """Of a head, what is not in every step: see the module's docstring. lines: of `causal_tiles`."""
+    together = int(re.findall(r"_(\d+)", kernel["name"])[2])
+    outer = math.ceil(shape.T / (keys * together))
+    runs = sum(math.ceil(seen / together) for seen, _ in lines)
+    first, two_steps, last = kernel["tiles"]
+    steps = sum(seen for seen, _ in lines) - outer  # the first pair of each outer tile is not one of the loop's
+    once = first + last + (together - 1) * sum(kernel["others"])
+    return outer * once + (steps * (two_steps - kernel["inside"]) + (runs - outer) * kernel["inside"]) // 2
 
 
 def causal_tiles(length: int, queries: int, keys: int) -> list[tuple[int, int]]:

@@ -107,8 +107,12 @@ def test_static_cycles_are_those_of_the_tiles_that_are_visited():
     # In stages: of rows with 0, 1, 2 and 3 tiles that are seen whole, those before the last of these; 8 heads, 4 rows.
     stages = rivals.cycles_of(kernel | {"tiles": [100, 300, 400, 50], "optional": 70}, shape, 1024, 1024)
     assert stages == 66 * 80 + 8 * (4 * (100 + 50 + 70) + 3 * 300 + 7 * 400)
-    with pytest.raises(ValueError, match="3 parts of a step"):
-        rivals.cycles_of(kernel | {"tiles": [1, 2, 3]}, shape, 1024, 1024)
+    # In pairs, with two outer tiles of two: 10 pairs in 4 + 2 runs, of which the first of each is outside of the loop.
+    pairs = {"name": "k_1024_1024_2.1", "tiles": [60, 200, 40], "inside": 20, "others": [5, 6]}
+    found = rivals.cycles_of(kernel | pairs, shape, 1024, 1024)
+    assert found == 66 * 700 + 8 * (2 * (60 + 40 + 5 + 6) + 8 * (200 - 20) // 2 + 4 * 20 // 2)
+    with pytest.raises(ValueError, match="5 parts of a step"):
+        rivals.cycles_of(kernel | {"tiles": [1, 2, 3, 4, 5]}, shape, 1024, 1024)
 
 
 @pytest.mark.parametrize("platform, target", [("gpu", "h200"), ("tpu", "v5e")])

@@ -10,6 +10,7 @@ from attention_calls import arrays, out_and_gradients
 from attention_suite import AttentionSuite, assert_conforms
 from pallas_kernels import devices
 from pallas_kernels.attention import attention, conformance, mosaic_tpu
+from pallas_kernels.attention.mosaic_tpu_pairs import plans as pair_plans
 from pallas_kernels.attention.mosaic_tpu_stream import plans
 from pallas_kernels.attention.shapes import Shape
 from pallas_kernels.attention.tiles import Order
@@ -24,6 +25,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "FORWARD", (128, 128))
     monkeypatch.setattr(mosaic_tpu, "BACKWARD", (128, 256))
     monkeypatch.setattr(mosaic_tpu, "HEAVIEST", (128, 256))
+    monkeypatch.setattr(mosaic_tpu, "OUTER", 2 * 256 * 64)
 
 
 class TestMosaicTPU(AttentionSuite):
@@ -37,7 +39,7 @@ class TestMosaicTPU(AttentionSuite):
 
 @pytest.mark.parametrize("name", ["full", "packed, window", "alibi", "latent prefill"])
 def test_in_stages(name, monkeypatch):
-    """As on a v6e: two halves of a tile in turns, in three stages."""
+    """As on a v6e: two halves of a tile in turns, in three stages, and dk and dv turned."""
     monkeypatch.setattr(mosaic_tpu, "_goes_in_stages", lambda q, options: True)
     for sizes in ("IN_STAGES", "IN_STAGES_MASKED_TWICE"):
         monkeypatch.setattr(mosaic_tpu, sizes, (256, 128))
@@ -81,6 +83,16 @@ def test_a_plan_names_the_tile_that_comes_after():
     )
     rows = plans(order)[0, :, 0].tolist()
     assert rows == [[0, 1, 2, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 3, 1, 2, 0, -1], [0, 0, -1, -1, -1, -1]]
+
+
+def test_pairs_of_an_outer_tile_are_sorted_by_queries():
+    """Each tile of queries is named once for an outer tile, and its pairs follow one another."""
+    active = jnp.asarray([[[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]]], bool)
+    first, second = pair_plans(active, together=2)[0, :, 0].tolist()
+    assert first[:6] == [4, 3, 0, 1, 3, 3]  # pairs, runs, their queries, those of the next outer tile
+    assert first[7:11] == [2 * 0 + 0, 2 * 1 + 0, 2 * 1 + 1, 2 * 2 + 1]
+    assert second[:4] == [1, 1, 3, -1]
+    assert second[7:8] == [2 * 0 + 0]
 
 
 @pytest.mark.parametrize(
