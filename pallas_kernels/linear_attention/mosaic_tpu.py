@@ -25,8 +25,9 @@ from pallas_kernels.segments import document_starts
 
 CHUNK = 128  # tokens of one; bundles of 256, for heads of 256 and 512, are within 3% of it
 NARROW_CHUNK = 64  # where channels have their own decays, and heads are narrower than the lanes
-AT_ONCE = 256  # tokens, of all packs of heads that one step of the grid works on
-SHARED = 1024  # lanes of values that a pack of heads with the same keys has at most
+AT_ONCE = 512  # tokens, of all packs of heads that one step of the grid works on
+VECTOR_AT_ONCE = 256  # the same, where channels have their own decays
+SHARED = 2048  # lanes of values that a pack of heads with the same keys has at most
 
 
 def supports(q, k, v, log_decay, initial_state, segment_ids, scale, bonus=None) -> str | None:
@@ -78,7 +79,7 @@ def run(
         return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
 
     q, k, v, log_decay, starts = (fill(x) for x in (q, k, v, log_decay, starts))
-    pack = _pack(q, v, vector)
+    pack = _pack(q, v, vector or exclusive)
     if q.shape[2] < heads and not pack.shared:
         q, k = for_each_head(q, heads), for_each_head(k, heads)
     packs = heads // pack.heads
@@ -86,12 +87,12 @@ def run(
     if bonus is not None:
         bonus = bonus.astype(jnp.float32).reshape(packs, 1, -1)
     if vector:
-        body = vectors.Body(pack, scale, exclusive, q.dtype)
+        body = Pure(vectors.Body(pack, scale, exclusive, q.dtype))
         fixed, tokens, parts = bonus, vectors.Tokens(q, k, v, log_decay), (parts, parts, packs, packs)
         rows = None if starts is None else vectors.rows_of_tokens(starts, chunk, packs)
     else:
         decay = "none" if log_decay is None else "head" if log_decay.ndim == 1 else "token"
-        body = scalars.Body(pack, decay, scale, exclusive, q.dtype)
+        body = scalars.Chunk(pack, decay, scale, exclusive, np.dtype(q.dtype), chunk)
         fixed, tokens, parts = scalars.Fixed(bonus=bonus), scalars.Tokens(q, k, v), (parts, parts, packs)
         rows = None
         if decay == "head":
@@ -100,9 +101,9 @@ def run(
         if decay == "token":
             rows = scalars.rows_of_tokens(log_decay, starts, chunk, pack.heads, exclusive, q.dtype)
     tokens = jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tokens)
-    at_once = 1 if parts[0] < packs else divisor(packs, AT_ONCE // chunk)
+    at_once = 1 if parts[0] < packs else divisor(packs, (VECTOR_AT_ONCE if vector else AT_ONCE) // chunk)
     plan = Plan(chunk, packs, parts, at_once, keep=q.dtype)
-    state, o = scan_chunks(Pure(body), plan, fixed, pack.join_states(state, upright=not vector), tokens, rows)
+    state, o = scan_chunks(body, plan, fixed, pack.join_states(state, upright=not vector), tokens, rows)
     return o.reshape(v.shape)[:, :length], pack.part_states(state, upright=not vector)
 
 

@@ -7,12 +7,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.linear_attention.mosaic_tpu_scalar_backward import backward, backward_scratch
+from pallas_kernels.linear_attention.mosaic_tpu_scalar_decays import Decays
+from pallas_kernels.linear_attention.mosaic_tpu_scalar_parts import (
+    Blocks,
+    beside,
+    blocks,
+    each,
+    pairs,
+    part,
+    read,
+    round_to,
+    write,
+)
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import LANES, product
-from pallas_kernels.mosaic_tpu_gates import Gates
 from pallas_kernels.mosaic_tpu_gates import rows_of_tokens as gated_rows
-from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side, spread
+from pallas_kernels.mosaic_tpu_packs import Pack, spread
+
+WIDE = 256  # lanes of a tile at most
+AT_ONCE = 2  # tiles of whole heads that a turn of the forward loop has
 
 
 class Fixed(NamedTuple):
@@ -32,74 +49,228 @@ class Tokens(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Body:
-    """decay: "none", "head" (in `fixed`) or "token" (in `rows`, see `Gates`)."""
+class Chunk:
+    """See `mosaic_tpu_chunks.Chunk`. decay: "none", "head" (in `fixed`) or "token" (in `rows`, see `Gates`).
+
+    Values are worked on in tiles of lanes: of several heads that are narrow, or part of one. Everything that belongs to
+    a tile is in one turn of a loop, so that it needs few registers: its products, and beside them the weights and
+    decays of the next heads.
+    """
 
     pack: Pack
     decay: str
     scale: float
     exclusive: bool
     dtype: Any  # of the products' operands
+    length: int
 
     @property
     def name(self):
         return "linear_attention_scalar"
 
-    def __call__(self, blocks):
-        return [self.pack_of_heads(*block) for block in blocks]
+    @property
+    def tile(self) -> int:
+        """Lanes of values: a part of those of one head, or whole heads."""
+        value, values = self.pack.value, self.pack.values
+        if value % LANES == 0:
+            return WIDE if value % WIDE == 0 else LANES
+        return LANES if LANES % value == 0 and values % LANES == 0 else values
 
-    def pack_of_heads(self, fixed: Fixed, state, tokens: Tokens, rows):
-        pack, dtype = self.pack, self.dtype
-        q, k, v = tokens
-        length = q.shape[0]
-        i = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
-        j = jax.lax.broadcasted_iota(jnp.int32, (length, length), 1)
-        seen = i > j if self.exclusive else i >= j
-        gates = Gates(rows, pack.heads, 1 + self.exclusive, dtype) if self.decay == "token" else None
+    @property
+    def lanes(self) -> int:
+        """Of what is alike in all lanes of a head."""
+        return self.tile if self.tile % LANES else LANES
 
-        def of_table(what, head):
-            at = (what * pack.heads + head) * length
-            return fixed.wide[at : at + length]
+    @property
+    def together(self) -> int:
+        """Heads of a tile."""
+        return max(1, self.tile // self.pack.value)
 
-        def decays(head):
-            """since, until and total."""
+    @property
+    def tiles(self) -> int:
+        """Of the heads that stand together."""
+        return self.together * self.pack.value // self.tile
+
+    @property
+    def groups(self) -> int:
+        """Of heads that stand together."""
+        return self.pack.heads // self.together
+
+    @property
+    def keyed(self) -> int:
+        """Heads that differ in their keys."""
+        return 1 if self.pack.shared else self.pack.heads
+
+    def output(self, block):
+        tokens = block[2]
+        return jax.ShapeDtypeStruct((self.length, self.pack.values), tokens.v.dtype)
+
+    def scratch(self, block, step, *, backward):
+        if backward:
+            return backward_scratch(self, block, step)
+        return [
+            *self.common_scratch(block, step),
+            pltpu.VMEM((step, self.pack.keys, self.length), self.dtype),
+            pltpu.VMEM((self.slots(step), self.length, self.together * self.length), self.dtype),
+        ]
+
+    def common_scratch(self, block, step):
+        """Columns of the decays, scores, queries times the scale; and of a group of heads since, until and total."""
+        rows = LANES if self.decay != "token" else block[3].shape[0]
+        return [
+            pltpu.VMEM((step, -(-rows // LANES), self.length, LANES), jnp.float32),
+            pltpu.VMEM((step, self.keyed, self.length, self.length), jnp.float32),
+            beside(self.pack.keys, step, self.length, dtype=self.dtype),
+            pltpu.VMEM((self.slots(step), 2, self.length, self.lanes), jnp.float32),
+            pltpu.VMEM((self.slots(step), 1, self.lanes), jnp.float32),
+            pltpu.VMEM((step, self.pack.keys, self.pack.values), self.dtype),
+        ]
+
+    def of_step(self, n, step):
+        """Of the n-th group of heads: (the pack, the group's first head in it)."""
+        pack, group = (0, n) if step == 1 else (n, 0) if self.groups == 1 else (n // self.groups, n % self.groups)
+        return pack, group * self.together
+
+    def of_tile(self, m, step):
+        """Of the m-th tile: (the group of heads, the pack, the first head in it, lanes of the pack, lanes of all)."""
+        n, t = (m, 0) if self.tiles == 1 else (m // self.tiles, m % self.tiles)
+        pack, first = self.of_step(n, step)
+        in_pack = self.groups * self.tiles
+        lanes = part(m if step == 1 else 0 if in_pack == 1 else m % in_pack, self.tile, in_pack)
+        return n, pack, first, lanes, part(m, self.tile, step * in_pack)
+
+    def slot(self, n):
+        """Where what is prepared for a group of heads stands: for all of them, or for this one and the next."""
+        return n if self.tiles > 1 else n % 2
+
+    def slots(self, step):
+        return step * self.groups if self.tiles > 1 else 2
+
+    def decays_of(self, of_decays, decays, total, slot, number, first):
+        """since, until `[C, tile]` and total `[1, tile]` of a group; None where there is no decay."""
+        if self.decay == "none":
+            return None, None, None
+        if self.decay == "head":
+            whole = slice(0, self.length)
+            since, until = (of_decays.of_table(number, first, what, whole) for what in range(2))
+            found = since, until, of_decays.total(number, first)
+        else:
+            found = decays[slot, 0], decays[slot, 1], total[slot]
+        return tuple(spread(x, self.tile) for x in found)
+
+    def product(self, a, b, axes):
+        return product(a, b, axes, self.dtype)
+
+    def forward(self, fixed, state, tokens, rows, o, columns, scores, query, decays, total, rounded, keys, weights):
+        step, pack = state.shape[0], self.pack
+        of_decays = Decays(self, fixed, rows, columns)
+
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            round_to(rounded, state)
+
+        def begin(number):
+            of_decays.turn(number)
+            self.write_scores(number, fixed, tokens, scores, query)
+            keys[number] = tokens.k[:, part(number, pack.keys, step)].T
+
+        def prepare(n, slot):
+            number, first = self.of_step(n, step)
+            for block in blocks(self.length):
+                betweens, since, until = of_decays.of_block(number, first, block)
+                for h, between in enumerate(betweens):
+                    weight = self.weights(scores, number, first + h, block, between)
+                    weights[slot, block, h * self.length : (h + 1) * self.length] = weight.astype(self.dtype)
+                if self.decay == "token":
+                    decays[slot, 0, block], decays[slot, 1, block] = since, until
             if self.decay == "token":
-                return gates.decays(head)
-            return of_table(0, head), of_table(1, head), of_table(2, head)[:1]
+                total[slot] = of_decays.total(number, first)
 
-        def between(head):
-            if self.decay == "token":
-                return gates.between(head, seen)
-            if self.decay == "none":
-                return jnp.where(seen, 1.0, 0.0)
-            return fixed.between[head * length : (head + 1) * length]
+        def of_tile(m, slot=None):
+            n, number, first, lanes, at = self.of_tile(m, step)
+            slot = n if slot is None else slot
+            since, until, kept = self.decays_of(of_decays, decays, total, slot, number, first)
+            values = tokens.v[:, at]
+            out = self.product(weights[slot], self.apart(values), (1, 0))
+            before = self.product(read(query.at[number]), rounded[number, :, lanes], (1, 0))
+            if since is not None:
+                before *= since
+                values = values.astype(jnp.float32) * until
+            o[:, at] = (out + before).astype(o.dtype)
+            now = self.within_heads(self.product(keys[number], values, (1, 0)), lanes)
+            now += state[number, :, lanes] if kept is None else state[number, :, lanes] * kept
+            state[number, :, lanes], rounded[number, :, lanes] = now, now.astype(self.dtype)
 
-        shared = product(q, k, (1, 1), dtype) if pack.shared else None
+        def prepare_all(groups):
+            for n in groups:
+                prepare(n, n)
 
-        @functools.cache
-        def weights(head):
-            read = pack.of_keys(head, q)
-            scores = product(read, k, (1, 1), dtype) if shared is None else shared
-            scores = scores * between(head)
+        count, alone = step * self.groups, Blocks()
+        for number in range(step):
+            alone(functools.partial(begin, number))
+        if self.tiles > 1:
+            for groups in pairs(count):
+                alone(functools.partial(prepare_all, groups))
+            each(count * self.tiles, of_tile)
+            return
+        width = AT_ONCE if count % AT_ONCE == 0 else 1
+        for n in range(width):
+            alone(functools.partial(prepare, n, n))
+
+        def turn(m):
+            # Some tiles' products beside the weights and decays of the next ones
+            for n in range(width):
+                of_tile(m * width + n, n)
+            for n in range(width):
+                prepare(jnp.minimum((m + 1) * width, count - width) + n, n)
+
+        each(count // width, turn)
+
+    def backward(self, *refs):
+        backward(self, *refs)
+
+    def write_scores(self, number, fixed, tokens, scores, query):
+        """Of a pack's heads, 0 where a token is not seen; with a bonus, the tokens' own stand on the diagonal."""
+        pack, step = self.pack, query.shape[0]
+        keys = tokens.k[:, part(number, pack.keys, step)]
+        queries = tokens.q[:, part(number, pack.keys, step)]
+        for block in blocks(self.length):
+            found = tokens.q[block, part(number, pack.keys, step)].astype(jnp.float32)
+            write(query.at[number, :, block], found * self.scale)
+        i = jax.lax.broadcasted_iota(jnp.int32, (self.length, self.length), 0)
+        j = jax.lax.broadcasted_iota(jnp.int32, (self.length, self.length), 1)
+        for head in range(self.keyed):
+            of_head = pack.of_keys(head, queries)
+            found = self.product(of_head, keys, (1, 1)) * self.scale
+            found = jnp.where(i > j if self.exclusive else i >= j, found, 0.0)
             if self.exclusive:
-                own = product(read.astype(jnp.float32) * fixed.bonus, k, (1, 1), dtype)
-                scores = scores + jnp.where(i == j, own, 0.0)
-            return scores
+                own = self.product(of_head.astype(jnp.float32) * fixed.bonus[number], keys, (1, 1)) * self.scale
+                found = jnp.where(i == j, own, found)
+            scores[number, head] = found
 
-        states, outs = [], []
-        for lanes in pack.units:
-            values, old = v[:, lanes], state[:, lanes]
-            o = pack.by_head(lambda head, values=values: product(weights(head), values, (1, 0), dtype), lanes)
-            before = product(q, old, (1, 0), dtype)
-            if self.decay != "none":
-                width = lanes.stop - lanes.start
-                since, until, total = (
-                    pack.by_head(lambda head, n=n: spread(decays(head)[n], width), lanes) for n in range(3)
-                )
-                before, values, old = before * since, values.astype(jnp.float32) * until, old * total
-            states.append(old + pack.blocks(product(k, values, (0, 0), dtype), lanes))
-            outs.append(((o + before) * self.scale).astype(v.dtype))
-        return side_by_side(states), side_by_side(outs)
+    def weights(self, scores, number, head, block, between):
+        """`[., C]`: scores times decays."""
+        found = scores[number, 0 if self.pack.shared else head, block]
+        if between is None:
+            return found
+        if self.exclusive:
+            i = jax.lax.broadcasted_iota(jnp.int32, found.shape, 0) + block.start
+            between = jnp.where(i == jax.lax.broadcasted_iota(jnp.int32, found.shape, 1), 1.0, between)
+        return found * between
+
+    def apart(self, x):
+        """`[C, tile]` to `[together x C, tile]`: the heads below one another, each 0 outside of its lanes."""
+        if self.together == 1:
+            return x
+        bits = pltpu.bitcast(x, jnp.uint32)
+        lane = jax.lax.broadcasted_iota(jnp.int32, bits.shape, 1)
+        heads = [(lane >= h * self.pack.value) & (lane < (h + 1) * self.pack.value) for h in range(self.together)]
+        heads = [pltpu.bitcast(jnp.where(own, bits, jnp.zeros_like(bits)), x.dtype) for own in heads]
+        return jnp.concatenate(heads, axis=0)
+
+    def within_heads(self, x, lanes):
+        """Some lanes of a state, but 0 outside of the heads' blocks."""
+        return self.pack.blocks(x, lanes if isinstance(lanes, slice) else slice(lanes.start, None))
 
 
 def rows_of_tokens(log_decay, starts, chunk: int, heads: int, exclusive: bool, dtype):

@@ -1,0 +1,114 @@
+"""Decays of linear attention with one for all channels of a head, as a TPU's kernel reads them from references.
+
+They lie in a table for all chunks (one decay for each head) or come from running sums along the lanes of a few rows
+(one for each token, see `mosaic_tpu_gates`). Those have to lie along the sublanes too: the rows are turned once, and
+the column of a head is spread over the lanes where it is needed, a few tokens at a time.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax.experimental import pallas as pl
+
+from pallas_kernels.mosaic_tpu_chunks import LANES
+from pallas_kernels.mosaic_tpu_gates import parts_of
+from pallas_kernels.mosaic_tpu_packs import spread
+
+LOG2E = 1.4426950408889634
+SUBLANES = 8
+
+
+class Decays:
+    """Of the packs of heads of a step. columns: `[step, tiles of lanes, C, 128]`, scratch."""
+
+    def __init__(self, chunk, fixed, rows, columns):
+        self.chunk, self.fixed, self.rows, self.columns = chunk, fixed, rows, columns
+        self.parts = parts_of(chunk.dtype)
+        self.tables = 1 + chunk.exclusive
+        # Of one part, sums may be scaled before differences are taken; of two, differences have to be exact.
+        self.scale, self.exp = (LOG2E, jnp.exp2) if self.parts == 1 else (1.0, jnp.exp)
+
+    @property
+    def kind(self):
+        return self.chunk.decay
+
+    def turn(self, pack):
+        """Writes the columns of a pack."""
+        if self.kind != "token":
+            return
+        count = self.rows.shape[1]
+        for tile, start in enumerate(range(0, count, LANES)):
+            width = min(LANES, count - start)
+            self.columns[pack, tile, :, :width] = (self.rows[pack, start : start + width] * self.scale).T
+
+    def of_block(self, pack, first, block):
+        """Of some tokens (lines) and the heads from `first` on that share lanes: between, a list of `[., C]`; since and
+        until, `[., lanes]`. None stands for no decay at all."""
+        heads = range(self.chunk.together)
+        if self.kind == "none":
+            return [None for _ in heads], None, None
+        if self.kind == "head":
+            betweens = [self.fixed.between[pack, self.rows_of_table(0, first + n, block)] for n in heads]
+            return betweens, *(self.of_table(pack, first, what, block) for what in range(2))
+        betweens, readings, lefts = [], [], []
+        for n in heads:
+            numbers = range(self.tables * self.parts)
+            sums = [self.column(pack, number, first + n, block) for number in numbers]
+            reading, gone = sums[-self.parts :], sums[: self.parts]
+            lying = [self.row(pack, number, first + n) for number in numbers[: self.parts]]
+            passed = _sum([spread(r, g.shape[1]) - g for r, g in zip(reading, lying, strict=True)])
+            betweens.append(self.exp(jnp.minimum(passed, 0.0)))  # above it are tokens that are not seen
+            readings.append(_sum(reading))
+            lefts.append(_sum([last - g for last, g in zip(self.last(pack, first + n), gone, strict=True)]))
+        return betweens, self.exp(self.by_head(readings)), self.exp(self.by_head(lefts))
+
+    def of_table(self, pack, first, what, block):
+        heads = range(first, first + self.chunk.together) if isinstance(first, int) else (
+            first + n for n in range(self.chunk.together)
+        )
+        return self.by_head([self.fixed.wide[pack, self.rows_of_table(what, head, block)] for head in heads])
+
+    def total(self, pack, first):
+        """From state to state, `[1, lanes]`."""
+        heads = range(self.chunk.together)
+        if self.kind == "head":
+            return self.of_table(pack, first, 2, slice(0, SUBLANES))[:1]
+        return self.by_head([self.exp(_sum(self.last(pack, first + n))) for n in heads])
+
+    def last(self, pack, head):
+        length = self.rows.shape[2]
+        end = slice(length - SUBLANES, length)
+        return [self.column(pack, number, head, end)[-1:] for number in range(self.parts)]
+
+    def at(self, number, head):
+        return number * self.chunk.pack.heads + head
+
+    def row(self, pack, number, head):
+        return self.rows[pack, pl.ds(self.at(number, head), 1)] * self.scale
+
+    def column(self, pack, number, head, block):
+        at = self.at(number, head)
+        tile, lane = (0, at) if self.columns.shape[1] == 1 else (at // LANES, at % LANES)
+        found = self.columns[pack, tile, block]
+        return jnp.take_along_axis(found, jnp.full(found.shape, lane, jnp.int32), axis=1)
+
+    def rows_of_table(self, what, head, block):
+        """Of `fixed.wide`, or with what = 0 of `fixed.between`."""
+        length = self.chunk.length
+        start = (what * self.chunk.pack.heads + head) * length + block.start
+        return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, SUBLANES), block.stop - block.start)
+
+    def by_head(self, of_heads):
+        """One for each head, alike in all lanes, to `[., lanes]`, in a head's lanes its own."""
+        of_heads = [spread(x, self.chunk.lanes) for x in of_heads]
+        found = of_heads[0]
+        for n, x in enumerate(of_heads[1:], 1):
+            lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+            found = jnp.where(lane >= n * self.chunk.pack.value, x, found)
+        return found
+
+
+def _sum(parts):
+    return functools.reduce(jnp.add, parts)

@@ -1,0 +1,82 @@
+"""Parts of references, loops over them, and what keeps a compiler from doing everything at once.
+
+A TPU's scheduler takes up all that it can inside a block of code, and knows no end of registers. Loops and conditions
+are where it stops.
+"""
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.mosaic_tpu_chunks import LANES
+from pallas_kernels.mosaic_tpu_packs import side_by_side
+
+LINES = 32
+
+
+def beside(width: int, *shape: int, dtype):
+    """Scratch for `[*shape, width]`, 128 lanes after the others: so 16 lines of bfloat16 are one load everywhere."""
+    *most, lines = shape
+    lanes = LANES if width % LANES == 0 else width
+    return pltpu.VMEM((*most, width // lanes, lines, lanes), dtype)
+
+
+def read(ref):
+    return side_by_side([ref[n] for n in range(ref.shape[0])])
+
+
+def write(ref, x):
+    lanes = ref.shape[2]
+    for n in range(ref.shape[0]):
+        ref[n] = x[:, n * lanes : (n + 1) * lanes].astype(ref.dtype)
+
+
+def round_to(rounded, x):
+    """A state in the dtype of the products' operands."""
+    size = next(size for size in (32, 16, 8, 1) if x.shape[1] % size == 0)
+
+    def lines(number, n):
+        at = part(n, size, x.shape[1] // size)
+        rounded[number, at] = x[number, at].astype(rounded.dtype)
+
+    for number in range(x.shape[0]):
+        each(x.shape[1] // size, lambda n, number=number: lines(number, n))
+
+
+def blocks(length: int) -> list[slice]:
+    """Lines that are worked on at once where no matrix product is."""
+    return [slice(start, start + LINES) for start in range(0, length, LINES)]
+
+
+def each(count: int, body) -> None:
+    """A loop, of which a single turn has a static index."""
+    if count == 1:
+        body(0)
+    else:
+        jax.lax.fori_loop(0, count, lambda n, _: body(n), None)
+
+
+def pairs(count: int) -> list[range]:
+    """What is worked on beside one another outside of loops: enough to fill the chip, and not its registers."""
+    return [range(n, min(n + 2, count)) for n in range(0, count, 2)]
+
+
+class Blocks:
+    """Runs what it is called with in a block of code of its own, so that the compiler takes up nothing else beside it:
+    under a condition that always holds, and never the same one twice, or it would join them."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, body) -> None:
+        self.count += 1
+        pl.when(pl.program_id(2) > -self.count)(body)
+
+
+def part(n, size: int, count: int):
+    """The n-th of `count` parts."""
+    if count == 1:
+        return slice(0, size)
+    if isinstance(n, int):
+        return slice(n * size, (n + 1) * size)
+    return pl.ds(pl.multiple_of(n * size, size), size)
