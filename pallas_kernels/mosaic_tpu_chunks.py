@@ -6,8 +6,8 @@ chunk to the last. Inputs are read where they lie, `[B, T, heads x width]`. Back
 from the last to the first: everything inside a chunk is computed again from the state before it, which the forward
 pass keeps.
 
-What is done in a chunk is a `Chunk`'s: over the references of a step of the grid, by hand; or, by `Pure`, a function
-of values, whose own transposition (`jax.vjp`, inside the kernel) gives the gradients.
+What is done in a chunk is a `Chunk`'s, over the references of a step of the grid, forward and backward by hand. (As
+`jax.vjp` of a function of values, inside the kernel, it was some fifth of the code, and spilled up to 4,900 registers.)
 """
 
 import dataclasses
@@ -260,88 +260,15 @@ class _Specs:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Pure:
-    """A `Chunk` of a function: [(state, o)] = body([(fixed, state, tokens, rows)]) of a list of packs, in operations on
-    matrices that Mosaic knows. A function of its argument alone; it has a `name`."""
-
-    body: Callable[[list[Block]], list[tuple[jax.Array, jax.Array]]]
-
-    @property
-    def name(self):
-        return self.body.name
-
-    def output(self, block):
-        return jax.eval_shape(self.body, [block])[0][1]
-
-    def scratch(self, block, step, *, backward):
-        return []
-
-    def forward(self, fixed, state, tokens, rows, o):
-        step = state.shape[0]
-        blocks = [_of_pack(step, pack, fixed, state[pack], tokens, rows) for pack in range(step)]
-        for pack, (now, out) in enumerate(self.body(blocks)):
-            state[pack] = now
-            o[:, _lanes(o, step, pack)] = out
-
-    def backward(self, fixed, before, tokens, rows, d_state, d_o, d_fixed, d_tokens, d_rows):
-        step = d_state.shape[0]
-        blocks = [
-            _of_pack(step, pack, fixed, before[pack].astype(d_state.dtype), tokens, rows) for pack in range(step)
-        ]
-        _, pull = jax.vjp(self.body, blocks)
-        cotangents = [(d_state[pack], d_o[:, _lanes(d_o, step, pack)]) for pack in range(step)]
-        for pack, found in enumerate(pull(cotangents)[0]):
-            for ref, value in zip(jax.tree.leaves(d_fixed), jax.tree.leaves(found[0]), strict=True):
-                ref[pack] += value
-            d_state[pack] = found[1]
-            for ref, value in zip(jax.tree.leaves(d_tokens), jax.tree.leaves(found[2]), strict=True):
-                ref[:, _lanes(ref, step, pack)] = value
-            for ref, value in zip(jax.tree.leaves(d_rows), jax.tree.leaves(found[3]), strict=True):
-                ref[pack] = value
-
-
-def _of_pack(step, pack, fixed, state, tokens, rows):
-    return (
-        jax.tree.map(lambda ref: ref[pack], fixed),
-        state,
-        jax.tree.map(lambda ref: ref[:, _lanes(ref, step, pack)], tokens),
-        jax.tree.map(lambda ref: ref[pack], rows),
-    )
-
-
-def _lanes(ref, step, pack):
-    width = ref.shape[1] // step
-    return slice(pack * width, (pack + 1) * width)
-
-
 def divisor(count: int, most: int) -> int:
     """The largest divisor of `count` that is at most `most`."""
     return next(n for n in range(min(count, most), 0, -1) if count % n == 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: Any) -> jax.Array:
-    """A product of matrices over one axis of each, in float32: of operands in this dtype, backward too."""
-    return _dot(a.astype(dtype), b.astype(dtype), axes)
-
-
-def _product_fwd(a, b, axes, dtype):
-    return _dot(a.astype(dtype), b.astype(dtype), axes), (a, b)
-
-
-def _product_bwd(axes, dtype, saved, cotangent):
-    (a, b), (of_a, of_b), d = (x.astype(dtype) for x in saved), axes, cotangent.astype(dtype)
-    da = _dot(d, b, (1, 1 - of_b)) if of_a else _dot(b, d, (1 - of_b, 1))
-    db = _dot(d, a, (0, 1 - of_a)) if of_b else _dot(a, d, (1 - of_a, 0))
-    return da.astype(saved[0].dtype), db.astype(saved[1].dtype)
-
-
-product.defvjp(_product_fwd, _product_bwd)
-
-
-def _dot(a, b, axes):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    """A product of matrices over one axis of each, in float32: of operands in this dtype."""
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
-        a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+        a.astype(dtype), b.astype(dtype), (((axes[0],), (axes[1],)), ((), ())), precision=precision,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip

@@ -59,11 +59,10 @@ class Gates:
         """In parts: of what reads, and of what is decayed, `[n, 128]` (alike in all lanes); of the latter `[1, n]`."""
         wide, lying = [], []
         for number in range(self.tables * self.parts):
-            at, exact = number * self.heads + head, self.parts == 2 and number % 2 == 0
-            column, row = self.columns[:, at : at + 1], self.rows[at : at + 1]
-            column = jnp.broadcast_to(column, (column.shape[0], LANES))
-            wide.append(jax.lax.stop_gradient(column) if exact else column)
-            lying.append(jax.lax.stop_gradient(row) if exact else row)
+            at = number * self.heads + head
+            column = self.columns[:, at : at + 1]
+            wide.append(jnp.broadcast_to(column, (column.shape[0], LANES)))
+            lying.append(self.rows[at : at + 1])
         return wide[-self.parts :], wide[: self.parts], lying[: self.parts]
 
     def _decays(self, head):

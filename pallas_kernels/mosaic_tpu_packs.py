@@ -64,17 +64,15 @@ class Pack:
             found = x if found is None else jnp.where(_lane(x) + lanes.start >= head * self.value, x, found)
         return found
 
-    def blocks(self, part: jax.Array, lanes: slice, *, upright: bool = True) -> jax.Array:
-        """Some lanes of a state `[keys, values]`, but 0 outside the heads' blocks. Not upright: some rows of
-        `[values, keys]`."""
+    def blocks(self, part: jax.Array, lanes: slice) -> jax.Array:
+        """Some lanes of a state `[keys, values]`, but 0 outside the heads' blocks."""
         if self.shared or self.heads == 1:
             return part
-        first, second = (jax.lax.broadcasted_iota(jnp.int32, part.shape, axis) for axis in (0, 1))
-        key, value = (first, second) if upright else (second, first)
+        key, value = (jax.lax.broadcasted_iota(jnp.int32, part.shape, axis) for axis in (0, 1))
         return jnp.where(key // self.key == (value + lanes.start) // self.value, part, 0.0)
 
-    def join_states(self, state: jax.Array, *, upright: bool = True) -> jax.Array:
-        """`[B, H, K, V]` to `[B, packs, keys, values]`, or to `[B, packs, values, keys]`."""
+    def join_states(self, state: jax.Array) -> jax.Array:
+        """`[B, H, K, V]` to `[B, packs, keys, values]`."""
         batch, heads = state.shape[:2]
         state = state.reshape(batch, heads // self.heads, self.heads, self.key, self.value)
         if self.shared:
@@ -82,12 +80,10 @@ class Pack:
         elif self.heads > 1:
             same = jnp.eye(self.heads, dtype=state.dtype)[None, None, :, None, :, None]
             state = state[:, :, :, :, None] * same
-        state = state.reshape(batch, -1, self.keys, self.values)
-        return state if upright else jnp.swapaxes(state, 2, 3)
+        return state.reshape(batch, -1, self.keys, self.values)
 
-    def part_states(self, state: jax.Array, *, upright: bool = True) -> jax.Array:
+    def part_states(self, state: jax.Array) -> jax.Array:
         """The way back."""
-        state = state if upright else jnp.swapaxes(state, 2, 3)
         batch, packs = state.shape[:2]
         if self.shared:
             state = jnp.swapaxes(state.reshape(batch, packs, self.key, self.heads, self.value), 2, 3)

@@ -1,6 +1,6 @@
 """The tables of a chunk of the delta rule on a TPU with a decay for each key channel, over references, by halves.
 
-As in `mosaic_tpu_halving`, the decay between two tokens passes the middle of the smallest aligned block that holds
+The decay between two tokens passes the middle of the smallest aligned block that holds
 both, and is a product of two factors of at most 1. A factor is a product of the decays exp(g) of a few tokens
 themselves: of blocks twice as long it comes from those of their halves by one exchange of neighbours and one
 multiplication. So there is one exponential for each token, and -inf or a gate of -1e-6 beside one of -100 need no care.
@@ -21,7 +21,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu_chunks import LANES, product
-from pallas_kernels.mosaic_tpu_halving import part_at, parting
 
 CHUNK = 64  # two heads' tables side by side fill the lanes
 HALVES = (1, 2, 4, 8, 16, 32)
@@ -250,3 +249,13 @@ def split(x):
 def across(row, lanes):
     """`[1, n]` as a column, alike in as many lanes."""
     return jnp.broadcast_to(row, (lanes, row.shape[1])).T
+
+
+def parting(i, j):
+    """Of the pairs of token i after token j a number that `part_at` takes, of the others 0."""
+    return jnp.where(i > j, i ^ j, 0)
+
+
+def part_at(pairs, size):
+    """Whether i is in the second half of a block of 2 x size tokens, and j in the first half of the same."""
+    return pairs & -size == size

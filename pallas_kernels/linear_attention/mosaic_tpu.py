@@ -1,9 +1,9 @@
 """Linear attention on a TPU by Pallas kernels (Mosaic), forward and backward: `chunked`'s formulas in bfloat16 products
 for bfloat16 inputs, in full precision for float32.
 
-`mosaic_tpu_chunks` makes the kernels of one body, `mosaic_tpu_scalar` (one decay a head; RetNet, arXiv 2307.08621,
-Mamba-2, arXiv 2405.21060) or `mosaic_tpu_vector` (one a channel; gated linear attention, arXiv 2312.06635, RWKV-6,
-arXiv 2404.05892). One token goes to `mosaic_tpu_step`.
+`mosaic_tpu_chunks` walks through the chunks, of which each is worked on by `mosaic_tpu_scalar` (one decay a head; RetNet,
+arXiv 2307.08621, Mamba-2, arXiv 2405.21060) or `mosaic_tpu_vector` (one a channel; gated linear attention, arXiv
+2312.06635, RWKV-6, arXiv 2404.05892). One token goes to `mosaic_tpu_step`.
 """
 
 import functools
@@ -18,7 +18,7 @@ from pallas_kernels.linear_attention import chunked
 from pallas_kernels.linear_attention import mosaic_tpu_scalar as scalars
 from pallas_kernels.linear_attention import mosaic_tpu_vector as vectors
 from pallas_kernels.linear_attention.reference import as_log_decay, empty_state, for_each_head, token_inputs
-from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, Pure, divisor, scan_chunks
+from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, divisor, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import Pack, narrow_pack
 from pallas_kernels.mosaic_tpu_step import step
 from pallas_kernels.segments import document_starts
@@ -87,7 +87,7 @@ def run(
     if bonus is not None:
         bonus = bonus.astype(jnp.float32).reshape(packs, 1, -1)
     if vector:
-        body = Pure(vectors.Body(pack, scale, exclusive, q.dtype))
+        body = vectors.Vector(pack, scale, exclusive, q.dtype)
         fixed, tokens, parts = bonus, vectors.Tokens(q, k, v, log_decay), (parts, parts, packs, packs)
         rows = None if starts is None else vectors.rows_of_tokens(starts, chunk, packs)
     else:
@@ -103,8 +103,8 @@ def run(
     tokens = jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tokens)
     at_once = 1 if parts[0] < packs else divisor(packs, (VECTOR_AT_ONCE if vector else AT_ONCE) // chunk)
     plan = Plan(chunk, packs, parts, at_once, keep=q.dtype)
-    state, o = scan_chunks(body, plan, fixed, pack.join_states(state, upright=not vector), tokens, rows)
-    return o.reshape(v.shape)[:, :length], pack.part_states(state, upright=not vector)
+    state, o = scan_chunks(body, plan, fixed, pack.join_states(state), tokens, rows)
+    return o.reshape(v.shape)[:, :length], pack.part_states(state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,35 +1,39 @@
-"""One chunk of linear attention on a TPU with a decay for each key channel: see `mosaic_tpu_halving`."""
+"""A chunk of linear attention on a TPU with a decay for each key channel, forward, over references.
+
+A TPU's registers hold a few of these matrices and no more, and its compiler starts whatever it can as soon as it can:
+so each loop does little, and leaves it in fast memory.
+"""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear_attention.reference import as_log_decay
-from pallas_kernels.mosaic_tpu_chunks import product
-from pallas_kernels.mosaic_tpu_halving import (
-    halvings,
-    part_at,
-    parting,
-    second_halves,
-    to_middle,
-    with_second_halves,
+from pallas_kernels.linear_attention import mosaic_tpu_vector_backward as vector_backward
+from pallas_kernels.linear_attention.mosaic_tpu_vector_factors import (
+    Factors,
+    Tokens,
+    all_units,
+    blocks_of_heads,
+    dot,
+    factors_scratch,
+    make_factors,
+    of_head,
+    part,
+    scores_of_pack,
+    unit_of,
+    unit_of_keys,
 )
-from pallas_kernels.mosaic_tpu_packs import Pack, side_by_side
-
-
-class Tokens(NamedTuple):
-    q: Any
-    k: Any
-    v: Any
-    log_decay: Any
+from pallas_kernels.mosaic_tpu_chunks import LANES
+from pallas_kernels.mosaic_tpu_packs import Pack, spread
 
 
 @dataclasses.dataclass(frozen=True)
-class Body:
-    """The state stands on its side, `[values, keys]`, so that its decays lie along the lanes.
+class Vector:
+    """A `Chunk`.
 
     fixed: the bonus `[1, keys]`, or None. rows: None, or `[8, C]`: whether a token reads the state and the tokens
     before it (1) or its own value alone (0)."""
@@ -43,49 +47,54 @@ class Body:
     def name(self):
         return "linear_attention_vector"
 
-    def __call__(self, blocks):
-        return [self.pack_of_heads(*block) for block in blocks]
+    def output(self, block):
+        _, _, tokens, _ = block
+        return jax.ShapeDtypeStruct(tokens.v.shape, tokens.v.dtype)
 
-    def pack_of_heads(self, fixed, state, tokens: Tokens, rows):
-        pack, dtype = self.pack, self.dtype
-        q, k = tokens.q.astype(jnp.float32), tokens.k.astype(jnp.float32)
-        v, log_decay = tokens.v, as_log_decay(tokens.log_decay, np.dtype(np.float32))
-        length = q.shape[0]
-        # The queries of all heads below one another, so that one product makes all their scores
-        own = self.heads_below(q if fixed is None else q * fixed)
-        if rows is not None:
-            q = q * rows.T[:, :1]
-        read = self.heads_below(q)
-        i = jax.lax.broadcasted_iota(jnp.int32, (read.shape[0], length), 0) & (length - 1)
-        j = jax.lax.broadcasted_iota(jnp.int32, (read.shape[0], length), 1)
-        scores, pairs = jnp.where(i == j, product(own, k, (1, 1), dtype), 0.0), parting(i, j)
-        for size, sums in halvings(log_decay, self.exclusive):
-            if size < length:
-                decay = to_middle(sums, size)
-                later = second_halves(read, size) * self.below(second_halves(decay, size))
-                found = product(later, k * decay, (1, 1), dtype)
-                parts = part_at(second_halves(pairs, size), size)
-                scores = with_second_halves(scores, jnp.where(parts, found, second_halves(scores, size)), size)
-        since, until, total = q * jnp.exp(sums.reading), k * jnp.exp(sums.rest), jnp.exp(sums.total[:1])
+    def scratch(self, block, step, *, backward):
+        length = block[2].q.shape[0]
+        factors = factors_scratch(self, length, step, backward)
+        if backward:
+            return [*factors, *vector_backward.scratch(self, length, step)]
+        return [*factors, pltpu.VMEM((step, length, self.pack.heads * length), self.dtype)]
 
-        def weights(head):
-            return scores[head * length : (head + 1) * length]
+    def forward(self, fixed, state, tokens, rows, o, *scratch):
+        pack, (step, keys, values) = self.pack, state.shape
+        *factors, scores = scratch
+        factors = Factors(*factors)
+        make_factors(self, step, fixed, tokens, rows, factors)
+        unit = unit_of_keys(pack)
+        units = keys // unit
 
-        states, outs = [], []
-        for lanes in pack.units:
-            values, old = v[:, lanes], state[lanes]
-            o = pack.by_head(lambda head, values=values: product(weights(head), values, (1, 0), dtype), lanes)
-            outs.append(((o + product(since, old, (1, 1), dtype)) * self.scale).astype(v.dtype))
-            written = pack.blocks(product(values, until, (0, 0), dtype), lanes, upright=False)
-            states.append(total * old + written)
-        return jnp.concatenate(states), side_by_side(outs)
+        @pl.loop(0, step)
+        def _(p):
+            scores[p] = scores_of_pack(self, p, units, factors).astype(scores.dtype)
+            for n in range(units):
+                factors.turned[p * units + n] = factors.until[p * units + n].T
+                total = factors.total[p * units + n, :1]
+                factors.wide[p * units + n] = jnp.broadcast_to(total, (LANES, unit)).T
 
-    def heads_below(self, x):
-        heads = [self.pack.of_keys(head, x) for head in range(self.pack.heads)]
-        return heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=0)
+        width = unit_of(values)
+        count = values // width
 
-    def below(self, x):
-        return x if self.pack.heads == 1 else jnp.concatenate([x] * self.pack.heads, axis=0)
+        @pl.loop(0, step * count)
+        def _(n):
+            p, lanes, inner = n // count, part(n, width, o.shape[1]), part(n % count, width, values)
+            v = tokens.v[:, lanes].astype(self.dtype)
+            old = state[p, :, inner]
+            below = [of_head(v, head, pack, n % count) for head in range(pack.heads)]
+            below = v if len(below) == 1 else jnp.concatenate(below)
+            read = dot(all_units(factors.since, p, units), old.astype(self.dtype), (1, 0))
+            now = []
+            for m in range(units):
+                written = blocks_of_heads(dot(factors.turned[p * units + m], v, (1, 0)), pack, n % count * width)
+                now.append(spread(factors.wide[p * units + m], width) * old[m * unit : (m + 1) * unit] + written)
+            o[:, lanes] = (read + dot(scores[p], below, (1, 0))).astype(o.dtype)
+            for m in range(units):
+                state[p, m * unit : (m + 1) * unit, inner] = now[m]
+
+    def backward(self, *references):
+        vector_backward.backward(self, *references)
 
 
 def rows_of_tokens(starts, chunk: int, packs: int):
