@@ -9,9 +9,9 @@ A row is one op at one shape, forward or forward and backward, by the implementa
 and one more by the kernels of ours where they are not the default but support the call. Its columns: the kernels of
 ours in it (none where XLA or cuDNN does it all); of GPU kernels the registers of a thread, bytes spilled, bytes of
 shared memory (of the kernel that asks for most), and matrix instructions of Hopper in the code (where
-nvidia-cuda-nvdisasm is installed); of TPU kernels the registers spilled, bytes of VMEM, the bundles of a grid step (and
-of the loops in it), and the share of them that starts a matrix product; bytes of arguments, results and temporaries;
-seconds to compile.
+nvidia-cuda-nvdisasm is installed); of TPU kernels the registers spilled, bytes of VMEM, the bundles of a grid step with
+its loops as often as they turn (where that hangs on the data: loops once, and after ">" the bundles of each), and the
+share of them that starts a matrix product; bytes of arguments, results and temporaries; seconds to compile.
 
 The compilers come with `pip install -e .[check]`.
 
@@ -140,6 +140,12 @@ def spills_of(kernel: dict[str, Any]) -> int:
     return sum(kernel.get(name, 0) for name in ("spill_stores", "spill_loads", "spills", "fills"))
 
 
+def bundles_of(kernel: dict[str, Any]) -> str | None:
+    if kernel.get("cycles"):
+        return str(kernel["cycles"])
+    return " > ".join(map(str, (kernel["step"], *kernel["loops"]))) if "step" in kernel else None
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     if "error" in row:
         by = f"{row['asked']}: " if row["asked"] else ""
@@ -161,7 +167,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         each(lambda kernel: kernel.get("registers")),
         each(spills_of),
         each(lambda kernel: f"{kernel.get('shared_memory') or kernel.get('vmem') or 0:,}".replace(",", " ")),
-        each(lambda kernel: kernel.get("step") and " > ".join(map(str, (kernel["step"], *kernel["loops"])))),
+        each(bundles_of),
         each(lambda kernel: f"{kernel['products']:.0%}" if "products" in kernel else kernel["hgmma"]),
         " + ".join(f"{memory[name] / 1e6:.0f}" for name in ("argument", "output", "temp")),
         f"{row['seconds']:.1f}",

@@ -12,7 +12,8 @@ _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?P<label>LH|LB|LE|PB|PF|CT)?\s*:\
 _ALLOCATION = re.compile(r"#allocation\d+ \[shape = [^\n]*?space=vmem, size = (0x[0-9a-f]+)")
 _BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
 _START = re.compile(r"Start(?:/End empty)? region (\d+)")
-_EXIT = re.compile(r"scmp\.ge\.s32\.totalorder %\S+, (\d+) /\* loop exit test")
+_EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (\(%\S+\), )?%\S+, (\d+) /\* loop exit test")
+_NOT_NOUGHT = re.compile(r"%(p\d+_p\d+) = scmp\.ne\.s32\.totalorder %\S+, 0(?!\d)")
 CALL = "tpu_custom_call"
 _CALL = re.compile(rf'%(\S+) = [^\n]*? custom-call\([^\n]*?custom_call_target="{CALL}"')
 
@@ -40,12 +41,14 @@ class Kernel:
     """vmem: bytes that it allocates, windows of its operands included.
 
     bundles: of the whole. step: those of a step of the grid, inner loops counted once (all of them, where there is no
-    grid). loops: the bundles of each loop inside a step. steps: how often the loop over the grid runs, its steps and
+    grid). cycles: those of a step, inner loops counted as often as they turn, without what is skipped where an index is
+    not 0, as all but the first chunk of a row are; None where a loop does not turn a fixed number of times. loops: the bundles of each loop inside a step. steps: how often the loop over the grid runs, its steps and
     what fills and drains its pipeline; 1 without a grid. tiles: the bundles of each part of a step that has matrix
     products and does not run once in every step: a loop, or what is skipped on a condition. optional: the bundles of
     what else is skipped on a condition, as what begins or ends a row of tiles. inside: those of what is skipped in
     tiles and has no matrix products. others: the bundles of each loop that is no tile and in none. products: of a
-    step's bundles, the share that starts a matrix product (with libtpu 0.0.50 and before: or loads weights for one).
+    step's cycles (or bundles, if those are not known), the share that starts a matrix product (with libtpu 0.0.50 and
+    before: or loads weights for one).
     spills, fills: vector registers that are stored and loaded again for want of registers, at one pass through all of
     the code.
     """
@@ -54,6 +57,7 @@ class Kernel:
     vmem: int
     bundles: int
     step: int
+    cycles: int | None
     loops: tuple[int, ...]
     steps: int
     tiles: tuple[int, ...]
@@ -83,7 +87,6 @@ def kernel(name: str, folder: Path) -> Kernel:
         first, last = 0, len(bundles)
     else:
         whole.pop(0, None)
-    step = used[first:last]
     inner = [(start, end) for spans in whole.values() for start, end in spans if first <= start < last]
     conditional = [span for span in skipped(bundles) if first < span[0] and span[1] <= last and not within(span, inner)]
     spans = [span for span in inner + conditional if any(row[units] for row in used[slice(*span)])]
@@ -95,18 +98,21 @@ def kernel(name: str, folder: Path) -> Kernel:
         sum(end - start for start, end in found if not within((start, end), list(found))) for found in (outside, parts)
     )
     others = [span for span in inner if span not in tiles and not within(span, tiles + list(outside))]
+    times = turns(bundles, first, last, inner)
+    weights = times or [1] * (last - first)
     return Kernel(
         name=name,
         vmem=sum(int(size, 16) for size in allocations),
         bundles=len(bundles),
         step=last - first,
+        cycles=times and sum(times),
         loops=tuple(end - start for start, end in inner),
         steps=grid_steps(bundles[first:last]) if last - first < len(bundles) else 1,
         tiles=tuple(end - start for start, end in tiles),
         optional=optional,
         inside=inside,
         others=tuple(end - start for start, end in others),
-        products=sum(row[units] > 0 for row in step) / max(len(step), 1),
+        products=sum(n for n, row in zip(weights, used[first:last], strict=True) if row[units]) / max(sum(weights), 1),
         spills=sum(row[column["VSTORE:SPILL"]] for row in used),
         fills=sum(row[column["VLOAD:FILL"]] for row in used),
     )
@@ -131,9 +137,36 @@ def skipped(bundles: list[Bundle]) -> list[tuple[int, int]]:
     return [(start, end) for start, end in branches if end > start]
 
 
+def turns(bundles: list[Bundle], first: int, last: int, inner: list[tuple[int, int]]) -> list[int] | None:
+    """How often a step of the grid, from `first` to `last`, starts each of its bundles: see `Kernel.cycles`."""
+    code = "\n".join(bundle.code for bundle in bundles[first:last])
+    elsewhere = {name for name in _NOT_NOUGHT.findall(code)}
+    ends: dict[int, int] = {}
+    for start, end in sorted(inner, reverse=True):
+        # A loop ends at the next one that is not in it, at the latest: what `loops` finds may run into a neighbour. Where
+        # that begins at once, it is the whole of this loop.
+        after = min((at for at in ends if bundles[at].depth <= bundles[start].depth), default=end)
+        ends[start] = ends[after] if after == start + 1 else min(end, after)
+    # The exit test of an inner loop, guarded by nothing, before that of one around it, which may stand in the inner one
+    tests = [(bool(guard), at, int(n)) for at in range(first, last) for guard, n in _EXIT.findall(bundles[at].code)]
+    times = [1] * (last - first)
+    for start, end in sorted(ends.items(), key=lambda span: (span[1] - span[0], -span[0])):
+        own = min((test for test in tests if start <= test[1] < end), default=None)
+        if own is None:
+            return None
+        tests.remove(own)
+        for at in range(start, end):
+            times[at - first] *= own[2]
+    for start, end in skipped(bundles):
+        branch = re.search(r"sbr\.rel \(%(p\d+_p\d+)\)", bundles[start - 1].code)
+        if first <= start and end <= last and branch and branch[1] in elsewhere:
+            times[start - first : end - first] = [0] * (end - start)
+    return times
+
+
 def grid_steps(loop: list[Bundle]) -> int:
     """How often a loop runs, by the constant in its exit test."""
-    return max(int(number) for bundle in loop for number in _EXIT.findall(bundle.code))
+    return max(int(number) for bundle in loop for _, number in _EXIT.findall(bundle.code))
 
 
 def within(span: tuple[int, int], others: list[tuple[int, int]]) -> bool:

@@ -1,5 +1,6 @@
 """`python -m pallas_kernels.check`: what is read from the compilers' reports, and the program from its command line."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -92,6 +93,28 @@ def test_the_schedule_of_a_tpu_kernel_is_read(tmp_path):
     assert (kernel.spills, kernel.fills) == (1, 1)
     with pytest.raises(FileNotFoundError, match="flash.2"):
         llo.kernel("flash.2", tmp_path)
+
+
+def test_loops_are_counted_as_often_as_they_turn():
+    """A step of the grid with a loop of 8 turns, one of 4 around one of 2, whose exit test stands in the inner one, and two
+    bundles that are skipped where an index is not 0."""
+    lines = [
+        "   0x1 LB: > { %p1_p0 = scmp.ne.s32.totalorder %s1_s1, 0  ;;  %2 = sbr.rel (%p1_p0) target = $region9 }",
+        "   0x2   : > { first }",
+        "   0x3   : > { first }",
+        "   0x4   : > { 4 } /* Start region 9 */",
+        "   0x5 LB: >> { %p2_p1 = scmp.ge.s32.totalorder %s2_s2, 8 /* loop exit test */ }",
+        "   0x6   : >> { eight }",
+        "   0x7 LB: >> { of nothing but the next }",
+        "   0x8 LB: >> { %p3_p2 = scmp.ge.s32.totalorder %s3_s3, 2 /* loop exit test */ }",
+        "   0x9   : >> { %p4_p3 = scmp.ge.s32.totalorder (%p3_p2), %s4_s4, 4 /* loop exit test */ }",
+        "   0xa   : > { last }",
+    ]
+    bundles = llo.read_bundles("\n".join(lines))
+    inner = [span for span in llo.loops(bundles)[1]]
+    assert llo.turns(bundles, 0, 10, inner) == [1, 0, 0, 1, 8, 8, 4, 8, 8, 1]
+    dynamic = [dataclasses.replace(b, code=b.code.replace("8 /*", "%s9_s9 /*")) for b in bundles]
+    assert llo.turns(dynamic, 0, 10, inner) is None
 
 
 def test_static_cycles_are_those_of_the_tiles_that_are_visited():
