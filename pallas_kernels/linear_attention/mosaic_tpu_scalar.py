@@ -16,8 +16,7 @@ from pallas_kernels.linear_attention.mosaic_tpu_scalar_parts import (
     Blocks,
     beside,
     blocks,
-    each,
-    pairs,
+    in_lockstep,
     part,
     read,
     round_to,
@@ -29,7 +28,6 @@ from pallas_kernels.mosaic_tpu_gates import rows_of_tokens as gated_rows
 from pallas_kernels.mosaic_tpu_packs import Pack, spread
 
 WIDE = 256  # lanes of a tile at most
-AT_ONCE = 2  # tiles of whole heads that a turn of the forward loop has
 
 
 class Fixed(NamedTuple):
@@ -52,9 +50,9 @@ class Tokens(NamedTuple):
 class Chunk:
     """See `mosaic_tpu_chunks.Chunk`. decay: "none", "head" (in `fixed`) or "token" (in `rows`, see `Gates`).
 
-    Values are worked on in tiles of lanes: of several heads that are narrow, or part of one. Everything that belongs to
-    a tile is in one turn of a loop, so that it needs few registers: its products, and beside them the weights and
-    decays of the next heads.
+    Values are worked on in tiles of lanes: of several heads that are narrow, or part of one. Work on a tile is cut into
+    stages, each of a few tiles in a block of instructions beside other stages of other tiles; all stand at fixed places
+    (stores to places that are not known beforehand hold up the loads after them).
     """
 
     pack: Pack
@@ -108,17 +106,27 @@ class Chunk:
     def scratch(self, block, step, *, backward):
         if backward:
             return backward_scratch(self, block, step)
+        square, slots, of_weights = (self.length, self.length), step * self.groups, self.together * self.length
         return [
-            *self.common_scratch(block, step),
-            pltpu.VMEM((step, self.pack.keys, self.length), self.dtype),
-            pltpu.VMEM((self.slots(step), self.length, self.together * self.length), self.dtype),
+            pltpu.VMEM(self.columns_shape(block, step), jnp.float32),
+            pltpu.VMEM((step, *square), jnp.float32),  # scores, where heads share them
+            beside(self.pack.keys, step, self.length, dtype=self.dtype),  # queries times the scale
+            pltpu.VMEM((slots, 2, self.length, self.lanes), jnp.float32),  # decays since and until
+            pltpu.VMEM((slots, 1, self.lanes), jnp.float32),  # and in all
+            pltpu.VMEM((step, self.pack.keys, self.pack.values), self.dtype),  # the state, rounded
+            pltpu.VMEM((step, self.pack.keys, self.length), self.dtype),  # keys, turned
+            pltpu.VMEM((slots, self.length, of_weights), self.dtype),
+            *([pltpu.VMEM((slots, self.length, self.tile), jnp.float32)] if self.tiles == 1 else []),
         ]
+
+    def columns_shape(self, block, step):
+        rows = LANES if self.decay != "token" else block[3].shape[0]
+        return step, -(-rows // LANES), self.length, LANES
 
     def common_scratch(self, block, step):
         """Columns of the decays, scores, queries times the scale; and of a group of heads since, until and total."""
-        rows = LANES if self.decay != "token" else block[3].shape[0]
         return [
-            pltpu.VMEM((step, -(-rows // LANES), self.length, LANES), jnp.float32),
+            pltpu.VMEM(self.columns_shape(block, step), jnp.float32),
             pltpu.VMEM((step, self.keyed, self.length, self.length), jnp.float32),
             beside(self.pack.keys, step, self.length, dtype=self.dtype),
             pltpu.VMEM((self.slots(step), 2, self.length, self.lanes), jnp.float32),
@@ -161,96 +169,113 @@ class Chunk:
     def product(self, a, b, axes):
         return product(a, b, axes, self.dtype)
 
-    def forward(self, fixed, state, tokens, rows, o, columns, scores, query, decays, total, rounded, keys, weights):
+    def forward(
+        self, fixed, state, tokens, rows, o, columns, scores, query, decays, total, rounded, keys, weights, *befores
+    ):
         step, pack = state.shape[0], self.pack
         of_decays = Decays(self, fixed, rows, columns)
+        count, alone = step * self.groups, Blocks()
 
         @pl.when(pl.program_id(2) == 0)
         def _():
             round_to(rounded, state)
 
-        def begin(number):
-            of_decays.turn(number)
-            self.write_scores(number, fixed, tokens, scores, query)
+        def turn_keys(number):
             keys[number] = tokens.k[:, part(number, pack.keys, step)].T
 
-        def prepare(n, slot):
+        def prepare(n):
+            """Weights and decays of a group of heads."""
             number, first = self.of_step(n, step)
+            heads = range(self.together)
+            found = [scores[number] if pack.shared else self.scores(number, first + h, fixed, tokens) for h in heads]
             for block in blocks(self.length):
                 betweens, since, until = of_decays.of_block(number, first, block)
                 for h, between in enumerate(betweens):
-                    weight = self.weights(scores, number, first + h, block, between)
-                    weights[slot, block, h * self.length : (h + 1) * self.length] = weight.astype(self.dtype)
+                    weight = self.weights(found[h][block], block, between)
+                    weights[n, block, h * self.length : (h + 1) * self.length] = weight.astype(self.dtype)
                 if self.decay == "token":
-                    decays[slot, 0, block], decays[slot, 1, block] = since, until
+                    decays[n, 0, block], decays[n, 1, block] = since, until
             if self.decay == "token":
-                total[slot] = of_decays.total(number, first)
+                total[n] = of_decays.total(number, first)
 
-        def of_tile(m, slot=None):
+        def before(m):
+            """What a tile reads of the state before the chunk."""
+            n, number, first, lanes, _ = self.of_tile(m, step)
+            found = self.product(read(query.at[number]), rounded[number, :, lanes], (1, 0))
+            since, _, _ = self.decays_of(of_decays, decays, total, n, number, first)
+            return found if since is None else found * since
+
+        def write_before(m):
+            befores[0][m] = before(m)
+
+        def read_tile(m):
+            n, number, _, _, at = self.of_tile(m, step)
+            if self.tiles > 1 and m % (self.groups * self.tiles) == 0:
+                turn_keys(number)  # beside products
+            out = self.product(weights[n], self.apart(tokens.v[:, at]), (1, 0))
+            o[:, at] = (out + (befores[0][m] if befores else before(m))).astype(o.dtype)
+
+        def write_tile(m):
             n, number, first, lanes, at = self.of_tile(m, step)
-            slot = n if slot is None else slot
-            since, until, kept = self.decays_of(of_decays, decays, total, slot, number, first)
-            values = tokens.v[:, at]
-            out = self.product(weights[slot], self.apart(values), (1, 0))
-            before = self.product(read(query.at[number]), rounded[number, :, lanes], (1, 0))
-            if since is not None:
-                before *= since
-                values = values.astype(jnp.float32) * until
-            o[:, at] = (out + before).astype(o.dtype)
-            now = self.within_heads(self.product(keys[number], values, (1, 0)), lanes)
-            now += state[number, :, lanes] if kept is None else state[number, :, lanes] * kept
+            _, until, kept = self.decays_of(of_decays, decays, total, n, number, first)
+            values, last = tokens.v[:, at], state[number, :, lanes]
+            if until is not None:
+                values, last = values.astype(jnp.float32) * until, last * kept
+            now = self.within_heads(self.product(keys[number], values, (1, 0)), lanes) + last
             state[number, :, lanes], rounded[number, :, lanes] = now, now.astype(self.dtype)
+
+        def begin():
+            for number in range(step):
+                of_decays.turn(number)
+                if pack.shared:
+                    scores[number] = self.scores(number, 0, fixed, tokens)
+                if self.tiles == 1:
+                    self.write_queries(number, tokens, query)
+                    turn_keys(number)
 
         def prepare_all(groups):
             for n in groups:
-                prepare(n, n)
+                prepare(n)
+            for number in range(step if groups.start == 0 else 0):
+                self.write_queries(number, tokens, query)
 
-        count, alone = step * self.groups, Blocks()
-        for number in range(step):
-            alone(functools.partial(begin, number))
-        if self.tiles > 1:
-            for groups in pairs(count):
-                alone(functools.partial(prepare_all, groups))
-            each(count * self.tiles, of_tile)
+        alone(begin)
+        if self.tiles == 1:
+            # Weights of some tiles beside products of those before them. Neither are more of them in a block, nor does
+            # one wait for both of its products, or a chip that has 256 x 256 matrix units runs out of registers.
+            in_lockstep(alone, 2, count, [(prepare, 0), (write_before, 1), (read_tile, 2), (write_tile, 2)])
             return
-        width = AT_ONCE if count % AT_ONCE == 0 else 1
-        for n in range(width):
-            alone(functools.partial(prepare, n, n))
-
-        def turn(m):
-            # Some tiles' products beside the weights and decays of the next ones
-            for n in range(width):
-                of_tile(m * width + n, n)
-            for n in range(width):
-                prepare(jnp.minimum((m + 1) * width, count - width) + n, n)
-
-        each(count // width, turn)
+        for start in range(0, count, 4):
+            alone(functools.partial(prepare_all, range(start, min(start + 4, count))))
+        in_lockstep(alone, 4, count * self.tiles, [(write_tile, 1), (read_tile, 0)])
 
     def backward(self, *refs):
         backward(self, *refs)
 
-    def write_scores(self, number, fixed, tokens, scores, query):
-        """Of a pack's heads, 0 where a token is not seen; with a bonus, the tokens' own stand on the diagonal."""
-        pack, step = self.pack, query.shape[0]
-        keys = tokens.k[:, part(number, pack.keys, step)]
-        queries = tokens.q[:, part(number, pack.keys, step)]
+    def write_queries(self, number, tokens, query):
+        """Times the scale."""
+        at = part(number, self.pack.keys, query.shape[0])
         for block in blocks(self.length):
-            found = tokens.q[block, part(number, pack.keys, step)].astype(jnp.float32)
-            write(query.at[number, :, block], found * self.scale)
+            write(query.at[number, :, block], tokens.q[block, at].astype(jnp.float32) * self.scale)
+
+    def scores(self, number, head, fixed, tokens):
+        """`[C, C]` of one head, 0 where a token is not seen; with a bonus, the tokens' own stand on the diagonal."""
+        step = tokens.k.shape[1] // self.pack.keys
+        keys, queries = (x[:, part(number, self.pack.keys, step)] for x in (tokens.k, tokens.q))
+        of_head = self.pack.of_keys(head, queries)
+        found = self.product(of_head, keys, (1, 1)) * self.scale
+        if self.decay == "head" and not self.exclusive:
+            return found  # decays between tokens are 0 there
         i = jax.lax.broadcasted_iota(jnp.int32, (self.length, self.length), 0)
         j = jax.lax.broadcasted_iota(jnp.int32, (self.length, self.length), 1)
-        for head in range(self.keyed):
-            of_head = pack.of_keys(head, queries)
-            found = self.product(of_head, keys, (1, 1)) * self.scale
-            found = jnp.where(i > j if self.exclusive else i >= j, found, 0.0)
-            if self.exclusive:
-                own = self.product(of_head.astype(jnp.float32) * fixed.bonus[number], keys, (1, 1)) * self.scale
-                found = jnp.where(i == j, own, found)
-            scores[number, head] = found
+        found = jnp.where(i > j if self.exclusive else i >= j, found, 0.0)
+        if self.exclusive:
+            own = self.product(of_head.astype(jnp.float32) * fixed.bonus[number], keys, (1, 1)) * self.scale
+            found = jnp.where(i == j, own, found)
+        return found
 
-    def weights(self, scores, number, head, block, between):
+    def weights(self, found, block, between):
         """`[., C]`: scores times decays."""
-        found = scores[number, 0 if self.pack.shared else head, block]
         if between is None:
             return found
         if self.exclusive:

@@ -77,7 +77,9 @@ def backward(
 
     def begin(number):
         of_decays.turn(number)
-        chunk.write_scores(number, fixed, tokens, scores, query)
+        chunk.write_queries(number, tokens, query)
+        for head in range(chunk.keyed):
+            scores[number, head] = chunk.scores(number, head, fixed, tokens)
         turned[number] = read(query.at[number]).T
         write(all_keys.at[number], tokens.k[:, part(number, pack.keys, step)])
         if d_rows is not None:
@@ -90,7 +92,7 @@ def backward(
         for block in blocks(length):
             of_heads, since, until = of_decays.of_block(number, first, block)
             for h, between in enumerate(of_heads):
-                weight = chunk.weights(scores, number, first + h, block, between)
+                weight = chunk.weights(scores[number, 0 if pack.shared else first + h, block], block, between)
                 weights[slot, h * length + block.start : h * length + block.stop] = weight.astype(chunk.dtype)
                 if chunk.decay == "token":
                     betweens[slot, h, block] = between.astype(chunk.dtype)

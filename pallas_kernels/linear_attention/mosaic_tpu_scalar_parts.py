@@ -73,6 +73,20 @@ class Blocks:
         pl.when(pl.program_id(2) > -self.count)(body)
 
 
+def in_lockstep(alone: Blocks, at_once: int, count: int, stages) -> None:
+    """Every stage of 0 .. count - 1, `at_once` in a block. stages: (a function of the number, by how many blocks it
+    comes later), in the order in which they stand in a block."""
+    parts = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
+
+    def block(number):
+        for body, later in stages:
+            for n in parts[number - later] if 0 <= number - later < len(parts) else ():
+                body(n)
+
+    for number in range(len(parts) + max(later for _, later in stages)):
+        alone(lambda number=number: block(number))
+
+
 def part(n, size: int, count: int):
     """The n-th of `count` parts."""
     if count == 1:
