@@ -17,6 +17,7 @@ from pallas_kernels import devices
 from pallas_kernels.linear_attention import chunked
 from pallas_kernels.linear_attention import mosaic_tpu_scalar as scalars
 from pallas_kernels.linear_attention import mosaic_tpu_vector as vectors
+from pallas_kernels.linear_attention.mosaic_tpu_scalar_decays import fixed_of_heads, rows_of_tokens
 from pallas_kernels.linear_attention.reference import as_log_decay, empty_state, for_each_head, token_inputs
 from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, divisor, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import Pack, narrow_pack
@@ -96,10 +97,10 @@ def run(
         fixed, tokens, parts = scalars.Fixed(bonus=bonus), scalars.Tokens(q, k, v), (parts, parts, packs)
         rows = None
         if decay == "head":
-            between, wide = scalars.fixed_of_heads(log_decay, chunk, pack.heads, exclusive)
+            between, wide = fixed_of_heads(log_decay, chunk, pack.heads, exclusive)
             fixed = fixed._replace(between=between, wide=wide)
         if decay == "token":
-            rows = scalars.rows_of_tokens(log_decay, starts, chunk, pack.heads, exclusive, q.dtype)
+            rows = rows_of_tokens(log_decay, starts, chunk, pack.heads, exclusive, q.dtype)
     tokens = jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tokens)
     at_once = 1 if parts[0] < packs else divisor(packs, (VECTOR_AT_ONCE if vector else AT_ONCE) // chunk)
     plan = Plan(chunk, packs, parts, at_once, keep=q.dtype)

@@ -9,11 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-
+import numpy as np
 from jax.experimental import pallas as pl
 
+from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import LANES
 from pallas_kernels.mosaic_tpu_gates import parts_of
+from pallas_kernels.mosaic_tpu_gates import rows_of_tokens as gated_rows
 from pallas_kernels.mosaic_tpu_packs import spread
 
 LOG2E = 1.4426950408889634
@@ -108,6 +110,29 @@ class Decays:
             lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
             found = jnp.where(lane >= n * self.chunk.pack.value, x, found)
         return found
+
+
+def rows_of_tokens(log_decay, starts, chunk: int, heads: int, exclusive: bool, dtype):
+    """What `Gates` are made from. starts: `[B, T]`, tokens that must not read the state that they find; or None."""
+    through = np.triu(np.ones((chunk, chunk), np.float32))  # up to and with the token
+    tables = [through, np.triu(through, 1)] if exclusive else [through]
+    barred = None
+    if starts is not None:
+        barred = jnp.where(starts, as_log_decay(jnp.full((), -jnp.inf), np.dtype(np.float32)), 0.0)
+    return gated_rows(log_decay, chunk, heads, dtype, tables, barred)
+
+
+def fixed_of_heads(log_decay, chunk: int, heads: int, exclusive: bool):
+    """between `[packs, heads x C, C]` and wide `[packs, 3 heads x C, 128]` of float32 log decays `[H]`."""
+    packs = log_decay.shape[0] // heads
+    t = np.arange(chunk, dtype=np.float32)
+    distance = (t[:, None] - t - exclusive)[None]
+    g = log_decay[:, None, None]
+    between = jnp.where(distance >= 0, jnp.exp(g * np.maximum(distance, 0)), 0.0)
+    counts = np.stack([t if exclusive else t + 1, chunk - 1 - t, np.full(chunk, chunk, np.float32)])
+    decays = jnp.exp(log_decay.reshape(packs, 1, heads, 1) * counts[None, :, None])
+    wide = jnp.broadcast_to(decays.reshape(packs, 3 * heads * chunk, 1), (packs, 3 * heads * chunk, LANES))
+    return between.reshape(packs, heads * chunk, chunk), wide
 
 
 def _sum(parts):
