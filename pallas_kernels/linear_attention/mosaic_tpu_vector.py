@@ -27,8 +27,11 @@ from pallas_kernels.linear_attention.mosaic_tpu_vector_factors import (
     unit_of,
     unit_of_keys,
 )
-from pallas_kernels.mosaic_tpu_chunks import LANES
+from pallas_kernels.mosaic_tpu_chunks import LANES, divisor
 from pallas_kernels.mosaic_tpu_packs import Pack, spread
+
+WIDE = 256  # lanes of values at once: of the matrix units of a v6e
+PACKS = 2  # narrow ones at once, so that one has something to do while the other waits for its products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,36 +65,62 @@ class Vector:
         pack, (step, keys, values) = self.pack, state.shape
         *factors, scores = scratch
         factors = Factors(*factors)
-        make_factors(self, step, fixed, tokens, rows, factors)
+        make_factors(self, step, tokens, rows, factors)
         unit = unit_of_keys(pack)
         units = keys // unit
 
-        @pl.loop(0, step)
-        def _(p):
-            scores[p] = scores_of_pack(self, p, units, factors).astype(scores.dtype)
-            for n in range(units):
-                factors.turned[p * units + n] = factors.until[p * units + n].T
-                total = factors.total[p * units + n, :1]
-                factors.wide[p * units + n] = jnp.broadcast_to(total, (LANES, unit)).T
+        at_once = divisor(step, PACKS if units == 1 else 1)
 
-        width = unit_of(values)
-        count = values // width
-
-        @pl.loop(0, step * count)
+        @pl.loop(0, step // at_once)
         def _(n):
-            p, lanes, inner = n // count, part(n, width, o.shape[1]), part(n % count, width, values)
-            v = tokens.v[:, lanes].astype(self.dtype)
-            old = state[p, :, inner]
-            below = [of_head(v, head, pack, n % count) for head in range(pack.heads)]
-            below = v if len(below) == 1 else jnp.concatenate(below)
-            read = dot(all_units(factors.since, p, units), old.astype(self.dtype), (1, 0))
-            now = []
-            for m in range(units):
-                written = blocks_of_heads(dot(factors.turned[p * units + m], v, (1, 0)), pack, n % count * width)
-                now.append(spread(factors.wide[p * units + m], width) * old[m * unit : (m + 1) * unit] + written)
-            o[:, lanes] = (read + dot(scores[p], below, (1, 0))).astype(o.dtype)
-            for m in range(units):
+            packs = [n * at_once + m for m in range(at_once)]
+            found = [scores_of_pack(self, p, units, fixed, tokens, factors) for p in packs]
+            for p, x in zip(packs, found, strict=True):
+                scores[p] = x.astype(scores.dtype)
+                for m in [p * units + m for m in range(units)]:
+                    factors.turned[m] = factors.until[m].T
+                    factors.wide[m] = jnp.broadcast_to(factors.total[m, :1], (LANES, unit)).T
+
+        width = WIDE if values % WIDE == 0 else unit_of(values)
+        count = values // width
+        at_once = divisor(step * count, PACKS if units == 1 and width < WIDE else 1)
+
+        @pl.loop(0, step * count // at_once)
+        def _(n):
+            turns = [n * at_once + m for m in range(at_once)]
+            shared = width, state, tokens.v, o, factors, scores
+            for store in [self._values(turn // count, turn % count, *shared) for turn in turns]:
+                store()
+
+    def _values(self, p, n, width, state, v, o, factors, scores):
+        """Some lanes of values of a pack. Returns what stores them: of several, all load before one stores, since the
+        compiler does not know that they are apart."""
+        pack, (_, keys, values) = self.pack, state.shape
+        unit = unit_of_keys(pack)
+        units = range(keys // unit)
+        lanes, inner = part(p * (values // width) + n, width, o.shape[1]), part(n, width, values)
+        v, old = v[:, lanes].astype(self.dtype), state[p, :, inner]
+        below = [of_head(v, head, pack, n) for head in range(pack.heads)]
+        below = v if len(below) == 1 else jnp.concatenate(below)
+        since = all_units(factors.since, p, len(units))
+        if keys % LANES == 0 and scores.shape[2] % LANES == 0:  # one product, which takes fewer registers
+            read = dot(
+                jnp.concatenate([since, scores[p]], axis=1), jnp.concatenate([old.astype(self.dtype), below]), (1, 0)
+            )
+        else:
+            read = dot(since, old.astype(self.dtype), (1, 0)) + dot(scores[p], below, (1, 0))
+        read, now = read.astype(o.dtype), []
+        for m in units:
+            written = blocks_of_heads(dot(factors.turned[p * len(units) + m], v, (1, 0)), pack, n * width)
+            decay = spread(factors.wide[p * len(units) + m], width)
+            now.append(decay * old[m * unit : (m + 1) * unit] + written)
+
+        def store():
+            o[:, lanes] = read
+            for m in units:
                 state[p, m * unit : (m + 1) * unit, inner] = now[m]
+
+        return store
 
     def backward(self, *references):
         vector_backward.backward(self, *references)

@@ -25,7 +25,6 @@ from pallas_kernels.linear_attention.mosaic_tpu_vector_factors import (
     all_units,
     blocks_of_heads,
     dot,
-    in_two,
     make_factors,
     nought,
     of_head,
@@ -91,11 +90,11 @@ def backward(chunk, fixed, before, tokens, rows, d_state, d_o, d_fixed, d_tokens
         row, column = (jax.lax.broadcasted_iota(jnp.int32, mine.later.shape, axis) for axis in (0, 1))
         mine.later[...] = jnp.where((column & (ROWS - 1)) >= row, 1.0, 0.0).astype(mine.later.dtype)
 
-    make_factors(chunk, step, fixed, tokens, rows, factors)
+    make_factors(chunk, step, tokens, rows, factors)
 
     @pl.loop(0, step)
     def _(p):
-        mine.scores[p] = scores_of_pack(chunk, p, units, factors).astype(chunk.dtype)
+        mine.scores[p] = scores_of_pack(chunk, p, units, fixed, tokens, factors).astype(chunk.dtype)
         for n in range(units):
             factors.turned[p * units + n] = factors.since[p * units + n].T
             total = factors.total[p * units + n, :1]
@@ -207,7 +206,7 @@ def _of_tokens(chunk, n, units, at, lanes, fixed, tokens, rows, d_fixed, d_token
     dq, dk = mine.dq[n, at], mine.dk[n, at]
     sooner = q * dq
     # of the log decays
-    found = dot(mine.later[...], in_two(sooner - k * dk, chunk.dtype), (1, 0)) + mine.after[n, :1]
+    found = dot(mine.later[...], _in_two(sooner - k * dk, chunk.dtype), (1, 0)) + mine.after[n, :1]
     mine.after[n] = jnp.broadcast_to(found[:1], mine.after.shape[1:])
     log_decay = tokens.log_decay[at, lanes].astype(jnp.float32)
     moved = log_decay > as_log_decay(jnp.full((), -jnp.inf), np.dtype(np.float32))
@@ -233,3 +232,12 @@ def _of_tokens(chunk, n, units, at, lanes, fixed, tokens, rows, d_fixed, d_token
         d_fixed[p, :, inner] += jnp.sum(of_keys * own, axis=0, keepdims=True)
     d_tokens.q[at, lanes] = (dq * chunk.scale).astype(d_tokens.q.dtype)
     d_tokens.k[at, lanes] = dk.astype(d_tokens.k.dtype)
+
+
+def _in_two(x, dtype):
+    """Operands of a product with a table of 0 and 1 twice side by side: x in two parts, if not in float32."""
+    if dtype == jnp.float32:
+        return x
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    coarse = jax.lax.bitcast_convert_type(bits & -(1 << 16), jnp.float32)
+    return jnp.concatenate([coarse, x - coarse]).astype(dtype)

@@ -1,20 +1,20 @@
 """Decays of each key channel as factors of what a TPU multiplies: by halves, and never as a difference.
 
 A chunk of C tokens falls into two halves, each of those into two, and so on. The decay from token j to token i passes
-the middle of the smallest aligned block that holds both, which splits it in two factors. Each is the exponential of a
-sum of log decays within one half: at most 0, and summed up over its own gates alone. So nothing overflows, and a gate
-of -1e-6 beside one of -100 loses no digit.
+the middle of the smallest aligned block that holds both, which splits it in two factors. Each is a product of the
+decays exp(g) of tokens of one half: at most 1, and of its own gates alone. So nothing overflows, and neither -inf nor a
+gate of -1e-6 beside one of -100 needs care.
 
 At a halving into blocks of h tokens, what is in a second half is read and what is in a first half is written,
 
-    x_t = q_t exp(sum from the middle of t's block of 2 h to what t reads)
-    x_t = k_t exp(sum from after t to the middle)
+    x_t = q_t (product of the decays from the middle of t's block of 2 h to what t reads)
+    x_t = k_t (product of the decays from after t to the middle)
 
 so that one matrix holds both, and the scores of the pairs that part there stand in x x^T. Of a pack of several heads
 the second factor has the heads' lanes one below another, which puts their scores side by side.
 
-Sums of blocks of less than a register are products with tables of 0 and 1, which are exact: a log decay is cut into two
-numbers of the products' precision. Those of longer blocks come from them by additions.
+What is read or written at a halving comes from that of the one before it by one multiplication: with the decay of the
+neighbouring block, which within a register is an exchange of rows. So there is one exponential a token and channel.
 """
 
 import functools
@@ -22,14 +22,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import LANES
 
-ROWS = 64  # tokens whose sums are made at once
+ROWS = 64  # tokens whose factors are made at once
 SUBLANES = 8  # of a register
 PACKED = 16  # rows of bfloat16 of a register
 
@@ -43,25 +41,21 @@ class Tokens(NamedTuple):
 
 class Factors(NamedTuple):
     """Scratch of a grid step; `units` of lanes of all packs. parts: `[halvings, units, C, unit]`, x above. below:
-    `[halvings + 1, units, heads x C, unit]`, x and k, heads below one another (of one head only k). own: `[units, C,
-    unit]`, queries that meet their own keys. since, until: what reads the state before the chunk, and what goes into
-    the one after it (turned: that, or backward
-    the other, the tokens along the lanes). total: `[units, 8, unit]`, the state's decay (wide: `[units, unit, 128]`,
-    the channels along the sublanes). tables: `[16 + 4 x ROWS, .]`. pairs: `[halvings + 1, C, heads x C]`, see
-    `pairs_of`. ends: `[2, units, C, unit]`, the decays in since and until. decays: `[halvings, units, C, unit]`, those
-    in parts (backward)."""
+    `[halvings, units, heads x C, unit]`, x with heads below one another (of one head unused). since, until: `[units, C,
+    unit]`, what reads the state before the chunk, and what goes into the one after it (turned: that, or backward the
+    other, the tokens along the lanes). total: `[units, 8, unit]`, the state's decay (wide: `[units, unit, 128]`, the
+    channels along the sublanes). pairs: `[halvings + 1, C, heads x C]`, see `pairs_of`. Backward, ends: `[2, units, C,
+    unit]`, the decays in since and until; decays: `[halvings, units, C, unit]`, those in parts."""
 
     parts: Any
     below: Any
-    own: Any
     since: Any
     until: Any
     turned: Any
     total: Any
     wide: Any
-    tables: Any
     pairs: Any
-    ends: Any
+    ends: Any = None
     decays: Any = None
 
 
@@ -75,20 +69,18 @@ def factors_scratch(chunk: Any, length: int, step: int, backward: bool) -> list[
     found = list(
         Factors(
             parts=scratch(halvings, units, length),
-            below=scratch(1 if heads == 1 else halvings + 1, units, heads * length),
-            own=scratch(units, length),
+            below=scratch(halvings, units, heads * length if heads > 1 else SUBLANES),
             since=scratch(units, length),
             until=scratch(units, length),
             turned=pltpu.VMEM((units, unit, length), chunk.dtype),
             total=scratch(units, SUBLANES, dtype=jnp.float32),
             wide=pltpu.VMEM((units, unit, LANES), jnp.float32),
-            tables=pltpu.VMEM((4 * ROWS + 2 * SUBLANES, ROWS if chunk.dtype == jnp.float32 else 2 * ROWS), chunk.dtype),
             pairs=pltpu.VMEM((halvings + 1, length, heads * length), jnp.float32),
             ends=scratch(2, units, length, dtype=jnp.float32),
             decays=scratch(halvings, units, length, dtype=jnp.float32),
         )
     )
-    return found if backward else found[:-1]
+    return found if backward else found[:-2]
 
 
 def unit_of(width: int) -> int:
@@ -106,13 +98,12 @@ def part(number, width, whole):
     return pl.ds(pl.multiple_of(number * width, width), width)
 
 
-def make_factors(chunk: Any, step: int, fixed: Any, tokens: Tokens, rows: Any, factors: Factors) -> None:
+def make_factors(chunk: Any, step: int, tokens: Tokens, rows: Any, factors: Factors) -> None:
     lanes, unit = tokens.q.shape[1], unit_of_keys(chunk.pack)
     units = chunk.pack.keys // unit
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        factors.tables[...] = _tables(factors.tables.shape, chunk.exclusive).astype(factors.tables.dtype)
         (halvings, _, length, _), heads = factors.parts.shape, chunk.pack.heads
         for number in range(halvings + 1):
             factors.pairs[number] = pairs_of(1 << number if number < halvings else 0, length, heads)
@@ -122,42 +113,18 @@ def make_factors(chunk: Any, step: int, fixed: Any, tokens: Tokens, rows: Any, f
             def _(number):
                 factors.below[number] = jnp.zeros(factors.below.shape[1:], factors.below.dtype)
 
-    def place(n, at):
-        bonus = None if fixed is None else fixed[n // units, :, part(n % units, unit, chunk.pack.keys)]
-        mask = None if rows is None else rows[n // units].T[at, :1]
-        return chunk, n, at, part(n, unit, lanes), bonus, mask, tokens, factors
-
     for start in range(0, tokens.q.shape[0], ROWS):
 
         @pl.loop(0, step * units)
         def _(n, at=slice(start, start + ROWS)):
-            _factors_of_unit(*place(n, at))
+            mask = None if rows is None else rows[n // units].T[at, :1]
+            _factors_of_unit(chunk, n, at, part(n, unit, lanes), mask, tokens, factors)
 
-    @pl.loop(0, step * units)
-    def _(n):
-        for start in range(0, tokens.q.shape[0], ROWS):
-            _own_of_unit(*place(n, slice(start, start + ROWS)))
+        if factors.decays is not None:
 
-
-def _tables(shape, exclusive):
-    """Of the sums of blocks of 8 tokens: of all of it; from its start to what the token reads; from after the token to
-    its end. And of those for blocks of 2 and of 4, from a token to the middle of the block twice as long."""
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    what, t, u = (row - 2 * SUBLANES + ROWS) // ROWS, (row - 2 * SUBLANES) & (ROWS - 1), column & (ROWS - 1)
-    size = jnp.where(what == 3, 2, jnp.where(what == 4, 4, SUBLANES))
-    reads = jnp.where(what > 2, t & size, 2 - what)
-    distance = jnp.where(reads != 0, t - u - int(exclusive), u - t - 1)
-    distance, t = jnp.where(what == 0, 0, distance), jnp.where(what == 0, row * SUBLANES, t)
-    return jnp.where((distance >= 0) & (t ^ u < size), 1.0, 0.0)
-
-
-def _own_of_unit(chunk, n, at, lanes, bonus, mask, tokens, factors):
-    own, k = tokens.q[at, lanes].astype(jnp.float32) * chunk.scale, tokens.k[at, lanes]
-    q = own if mask is None else own * mask
-    since, until = q * factors.ends[0, n, at], k.astype(jnp.float32) * factors.ends[1, n, at]
-    factors.own[n, at] = (own if bonus is None else own * bonus).astype(chunk.dtype)
-    factors.since[n, at], factors.until[n, at] = since.astype(chunk.dtype), until.astype(chunk.dtype)
-    _put_below(chunk, n, at, factors.below.shape[0] - 1, k.astype(chunk.dtype), factors)
+            @pl.loop(0, step * units)
+            def _(n, at=slice(start, start + ROWS)):
+                _decays_of_unit(chunk, n, at, part(n, unit, lanes), tokens, factors)
 
 
 def _put_below(chunk, n, at, number, x, factors):
@@ -168,73 +135,78 @@ def _put_below(chunk, n, at, number, x, factors):
         factors.below[number, n, there, lanes] = x[:, lanes]
 
 
-def _factors_of_unit(chunk, n, at, lanes, bonus, mask, tokens, factors):
-    length, dtype, halvings = tokens.q.shape[0], chunk.dtype, factors.parts.shape[0]
-    log_decay = _log2(tokens.log_decay[at, lanes])
+def _factors_of_unit(chunk, n, at, lanes, mask, tokens, factors):
     q, k = tokens.q[at, lanes].astype(jnp.float32) * chunk.scale, tokens.k[at, lanes].astype(jnp.float32)
     q = q if mask is None else q * mask
 
-    def put(number, x, decay):
-        x = x.astype(dtype)
+    def put(number, x):
+        x = jnp.concatenate(x).astype(chunk.dtype)
         factors.parts[number, n, at] = x
-        if factors.decays is not None:
-            factors.decays[number, n, at] = decay
         if chunk.pack.heads > 1:
             _put_below(chunk, n, at, number, x, factors)
 
-    eights, reading, rest, twos, fours = _sums(factors.tables, log_decay, dtype)
-    ones = jnp.ones_like(q)
-    decay = ones if chunk.exclusive else select_seconds(1, jnp.exp2(log_decay), ones)
-    put(0, select_seconds(1, q, k) * decay, decay)
-    for number, exponent in ((1, twos), (2, fours)):
-        decay = jnp.exp2(exponent)
-        put(number, select_seconds(1 << number, q, k) * decay, decay)
-    size, number = SUBLANES, 3
-    totals = [jnp.broadcast_to(eights[t : t + 1], (SUBLANES, rest.shape[1])) for t in range(ROWS // size)]
-    while size < ROWS:
-        x, decay, readings, rests, both = [], [], [], [], []
-        for start in range(0, ROWS, 2 * size):
-            first, second = slice(start, start + size), slice(start + size, start + 2 * size)
-            of_first, of_second = totals[start // size], totals[start // size + 1]
-            x += [k[first], q[second]]
-            decay += [jnp.exp2(rest[first]), jnp.exp2(reading[second])]
-            readings += [reading[first], _added(reading[second], of_first)]
-            rests += [_added(rest[first], of_second), rest[second]]
-            both.append(of_first + of_second)
-        decay = jnp.concatenate(decay)
-        put(number, jnp.concatenate(x) * decay, decay)
-        reading, rest, totals = jnp.concatenate(readings), jnp.concatenate(rests), both
-        size, number = 2 * size, number + 1
+    since, until, factors.total[n] = _decayed(chunk, at, q, k, tokens.log_decay, lanes, factors.total.at[n], put)
+    factors.since[n, at], factors.until[n, at] = (jnp.concatenate(x).astype(chunk.dtype) for x in (since, until))
+
+
+def _decays_of_unit(chunk, n, at, lanes, tokens, factors):
+    def put(number, decay):
+        factors.decays[number, n, at] = jnp.concatenate(decay)
+
+    ones = jnp.ones((ROWS, factors.decays.shape[3]), jnp.float32)
+    since, until, factors.total[n] = _decayed(chunk, at, ones, ones, tokens.log_decay, lanes, factors.total.at[n], put)
+    factors.ends[0, n, at], factors.ends[1, n, at] = jnp.concatenate(since), jnp.concatenate(until)
+
+
+def _decayed(chunk, at, read, written, log_decay, lanes, sooner, put):
+    """(what of ROWS tokens reads the state before the chunk; what goes into that after it; the decay of all tokens up
+    to the last of these), in registers. sooner: the decay of all before them. put(number, x): takes what reads or is
+    written at each halving."""
+    length = log_decay.shape[0]
+    totals = _registers(jnp.exp(log_decay[at, lanes].astype(jnp.float32)))
+    read, written = _registers(read), _registers(written)
+    row = jax.lax.broadcasted_iota(jnp.int32, totals[0].shape, 0)
+    if not chunk.exclusive:
+        read = [x * by for x, by in zip(read, totals, strict=True)]
+    for number in range(3):  # within registers
+        size = 1 << number
+        second = row & size != 0
+        x = [jnp.where(second, *both) for both in zip(read, written, strict=True)]
+        put(number, x)
+        others = [_swap(by, size, second) for by in totals]
+        x = [one * by for one, by in zip(x, others, strict=True)]
+        read = [jnp.where(second, new, old) for new, old in zip(x, read, strict=True)]
+        written = [jnp.where(second, old, new) for new, old in zip(x, written, strict=True)]
+        totals = [by * other for by, other in zip(totals, others, strict=True)]
+    number, size = 3, 1  # of registers
+    while size < len(read):
+        second = [bool(r & size) for r in range(len(read))]
+        put(number, [b if late else a for late, a, b in zip(second, written, read, strict=True)])
+        read = [x * totals[r // size - 1] if second[r] else x for r, x in enumerate(read)]
+        written = [x if second[r] else x * totals[r // size + 1] for r, x in enumerate(written)]
+        totals = [a * b for a, b in zip(totals[::2], totals[1::2], strict=True)]
+        number, size = number + 1, 2 * size
     (total,) = totals
-    if size < length:  # one more halving: these tokens are half of it
-        later = at.start > 0
-        decay = jnp.exp2(reading if later else rest)
-        put(number, (q if later else k) * decay, decay)
-        there = slice(0, size) if later else slice(size, length)
-        other = jnp.sum(_log2(tokens.log_decay[there, lanes]), axis=0, keepdims=True)
-        reading, rest, total = reading + other if later else reading, rest if later else rest + other, total + other
-    factors.ends[0, n, at], factors.ends[1, n, at] = jnp.exp2(reading), jnp.exp2(rest)
-    factors.total[n] = jnp.exp2(total)
+    if length > ROWS and at.start == 0:
+        put(number, written)
+        later = jnp.sum(log_decay[at.stop :, lanes].astype(jnp.float32), axis=0, keepdims=True)
+        later = jnp.exp(jnp.broadcast_to(later, total.shape))
+        written = [x * later for x in written]
+    elif length > ROWS:
+        put(number, read)
+        sooner = sooner[...]
+        read, total = [x * sooner for x in read], total * sooner
+    return read, written, total
 
 
-def _log2(log_decay):
-    """Of base 2, which is what the chip has an exponential of."""
-    return as_log_decay(log_decay, np.dtype(np.float32)) * np.float32(np.log2(np.e))
+def _registers(x):
+    return [x[start : start + SUBLANES] for start in range(0, x.shape[0], SUBLANES)]
 
 
-def _sums(tables, log_decay, dtype):
-    sums = dot(tables[...], in_two(log_decay, dtype), (1, 0))
-    first = 2 * SUBLANES
-    return [sums[:first], *(sums[at : at + ROWS] for at in range(first, sums.shape[0], ROWS))]
-
-
-def in_two(x, dtype):
-    """Operands of a product with a table of 0 and 1 twice side by side: x in two parts, if not in float32."""
-    if dtype == jnp.float32:
-        return x
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    coarse = jax.lax.bitcast_convert_type(bits & -(1 << 16), jnp.float32)
-    return jnp.concatenate([coarse, x - coarse]).astype(dtype)
+def _swap(x, size, second):
+    """Rows t with rows t ^ size, of a register."""
+    back = pltpu.roll(x, size, 0)
+    return back if 2 * size == SUBLANES else jnp.where(second, back, pltpu.roll(x, SUBLANES - size, 0))
 
 
 def select_seconds(size, x, y):
@@ -243,11 +215,6 @@ def select_seconds(size, x, y):
     second = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, shape[1]), 0) & size != 0
     x, y = (z.reshape(-1, *second.shape) if isinstance(z, jax.Array) else z for z in (x, y))
     return jnp.where(second[None], x, y).reshape(shape)
-
-
-def _added(x, each):
-    """To every register of x."""
-    return jnp.concatenate([x[at : at + SUBLANES] + each for at in range(0, x.shape[0], SUBLANES)])
 
 
 def dot(a, b, axes):
@@ -297,11 +264,35 @@ def pairs_of(size, length, heads):
     return jnp.where((i ^ j) & -size == size if size else i == j, jnp.where(i >= j, 1.0, 0.0), 0.0)
 
 
-def scores_of_pack(chunk, p, units, factors):
+def _own_scores(chunk, p, fixed, tokens, factors):
+    """`[C, heads x C]`, of tokens with themselves."""
+    (length, lanes), pack = tokens.q.shape, chunk.pack
+    unit, found = unit_of_keys(pack), None
+    units = pack.keys // unit
+    for m in range(units):
+        there = part(p * units + m, unit, lanes)
+        each = tokens.q[:, there].astype(jnp.float32) * tokens.k[:, there].astype(jnp.float32)
+        if fixed is not None:
+            each = each * fixed[p, :, part(m, unit, pack.keys)]
+        found = each if found is None else found + each
+    if pack.heads == 1:
+        own = jnp.sum(found, axis=1, keepdims=True)
+    else:
+        lane, column = (
+            jax.lax.broadcasted_iota(jnp.int32, (length, width), 1) for width in (found.shape[1], pack.heads * length)
+        )
+        own = 0.0
+        for head in range(pack.heads):
+            inside = (lane >= head * pack.key) & (lane < (head + 1) * pack.key)
+            each = jnp.sum(jnp.where(inside, found, 0.0), axis=1, keepdims=True)
+            own = jnp.where(column >= head * length, each, own)
+    return own * chunk.scale * factors.pairs[factors.parts.shape[0]]
+
+
+def scores_of_pack(chunk, p, units, fixed, tokens, factors):
     """`[C, heads x C]`, of tokens that read (i) with those before them (j), and with themselves."""
     (halvings, _, length, _), heads = factors.parts.shape, chunk.pack.heads
-    own = dot(all_units(factors.own, p, units), all_units(factors.below.at[-1], p, units), (1, 1))
-    scores = own * factors.pairs[halvings]
+    scores = _own_scores(chunk, p, fixed, tokens, factors)
     for number in range(halvings):
         size = 1 << number
         written = all_units((factors.parts if heads == 1 else factors.below).at[number], p, units)
