@@ -1,5 +1,6 @@
-"""Simulated kernels in half the time: JAX's interpreters are Python functions that a program calls back, some ten thousand
-times a kernel, and what they are called with is put on a device each time, although they only read numbers from it."""
+"""Simulated kernels in half the time: JAX's interpreters are Python functions that a program calls back, some ten
+thousand times a kernel, and what they are called with is put on a device each time, although they only read numbers
+from it."""
 
 import types
 

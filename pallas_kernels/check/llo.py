@@ -42,15 +42,15 @@ class Kernel:
 
     bundles: of the whole. step: those of a step of the grid, inner loops counted once (all of them, where there is no
     grid). cycles: those of a step, inner loops counted as often as they turn, without what is skipped where an index is
-    not 0, as all but the first chunk of a row are; None where a loop does not turn a fixed number of times. loops: the bundles of each loop inside a step. steps: how often the loop over the grid runs, its steps and
-    what fills and drains its pipeline; 1 without a grid. tiles: the bundles of each part of a step that has matrix
-    products and does not run once in every step: a loop, or what is skipped on a condition. optional: the bundles of
-    what else is skipped on a condition, as what begins or ends a row of tiles. inside: those of what is skipped in
-    tiles and has no matrix products. others: the bundles of each loop that is no tile and in none. products: of a
-    step's cycles (or bundles, if those are not known), the share that starts a matrix product (with libtpu 0.0.50 and
-    before: or loads weights for one).
-    spills, fills: vector registers that are stored and loaded again for want of registers, at one pass through all of
-    the code.
+    not 0, as it is in all but the first chunk of a row; None where a loop does not turn a fixed number of times. loops:
+    the bundles of each loop inside a step. steps: how often the loop over the grid runs, its steps and what fills and
+    drains its pipeline; 1 without a grid. tiles: the bundles of each part of a step that has matrix products and does
+    not run once in every step: a loop, or what is skipped on a condition. optional: the bundles of what else is skipped
+    on a condition, as what begins or ends a row of tiles. inside: those of what is skipped in tiles and has no matrix
+    products. others: the bundles of each loop that is no tile and in none. products: of a step's cycles (or bundles, if
+    those are not known), the share that starts a matrix product (with libtpu 0.0.50 and before: or loads weights for
+    one). spills, fills: vector registers that are stored and loaded again for want of registers, at one pass through
+    all of the code.
     """
 
     name: str
@@ -143,8 +143,8 @@ def turns(bundles: list[Bundle], first: int, last: int, inner: list[tuple[int, i
     elsewhere = {name for name in _NOT_NOUGHT.findall(code)}
     ends: dict[int, int] = {}
     for start, end in sorted(inner, reverse=True):
-        # A loop ends at the next one that is not in it, at the latest: what `loops` finds may run into a neighbour. Where
-        # that begins at once, it is the whole of this loop.
+        # A loop ends at the next one that is not in it, at the latest: what `loops` finds may run into a neighbour.
+        # Where that begins at once, it is the whole of this loop.
         after = min((at for at in ends if bundles[at].depth <= bundles[start].depth), default=end)
         ends[start] = ends[after] if after == start + 1 else min(end, after)
     # The exit test of an inner loop, guarded by nothing, before that of one around it, which may stand in the inner one

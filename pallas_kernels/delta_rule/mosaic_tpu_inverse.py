@@ -6,12 +6,13 @@ the columns `h C .. (h + 1) C` of which are head h's:
     side, sets = sets_of(heads, C)    # n, and how many sets; places left over in the last one are to hold 0
     invert(lower, inverse, dtype)     # (I - lower)^-1 of each
 
-`lower`, `inverse`: two references `[sets, C, n C]`, float32. C: a power of two from 8. lower: 0 on and above the diagonals.
-dtype: of the op's inputs. Products are in full precision for float32, and for bfloat16 of the first 16 bits of float32
-numbers. Two or three sets are worked on at once, as one alone would wait for its own products. For use inside a grid.
+`lower`, `inverse`: two references `[sets, C, n C]`, float32. C: a power of two from 8. lower: 0 on and above the
+diagonals. dtype: of the op's inputs. Products are in full precision for float32, and for bfloat16 of the first 16 bits
+of float32 numbers. Two or three sets are worked on at once, as one alone would wait for its own products. For use
+inside a grid.
 
-A set keeps of its blocks on the diagonal only these, below one another in as many rows as one of them has: blocks of 8 are
-one register, and a few operations on it invert them all. Then by halves, as `blocks.unit_inverse`: of blocks twice as
+A set keeps of its blocks on the diagonal only these, below one another in as many rows as one of them has: blocks of 8
+are one register, and a few operations on it invert them all. Then by halves, as `blocks.unit_inverse`: of blocks twice as
 long, [[X, 0], [Y M X, Y]], where M is what lies below the diagonal between the halves.
 """
 

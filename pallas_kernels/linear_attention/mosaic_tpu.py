@@ -1,9 +1,9 @@
 """Linear attention on a TPU by Pallas kernels (Mosaic), forward and backward: `chunked`'s formulas in bfloat16 products
 for bfloat16 inputs, in full precision for float32.
 
-`mosaic_tpu_chunks` walks through the chunks, of which each is worked on by `mosaic_tpu_scalar` (one decay a head; RetNet,
-arXiv 2307.08621, Mamba-2, arXiv 2405.21060) or `mosaic_tpu_vector` (one a channel; gated linear attention, arXiv
-2312.06635, RWKV-6, arXiv 2404.05892). One token goes to `mosaic_tpu_step`.
+`mosaic_tpu_chunks` walks through the chunks, of which each is worked on by `mosaic_tpu_scalar` (one decay a head;
+RetNet, arXiv 2307.08621, Mamba-2, arXiv 2405.21060) or `mosaic_tpu_vector` (one a channel; gated linear attention,
+arXiv 2312.06635, RWKV-6, arXiv 2404.05892). One token goes to `mosaic_tpu_step`.
 """
 
 import functools
