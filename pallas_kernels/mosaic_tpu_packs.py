@@ -115,6 +115,8 @@ def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
 
 
 def spread(wide: jax.Array, width: int) -> jax.Array:
-    """`[rows, 128]`, alike in all lanes, to another width."""
+    """`[rows, 128]`, alike in all lanes, to another width; what has that width stays as it is."""
+    if wide.shape[1] == width:
+        return wide
     repeated = side_by_side([wide] * -(-width // LANES))
     return repeated if width % LANES == 0 else repeated[:, :width]

@@ -109,7 +109,7 @@ def _twice_as_long(x, lower, size, length, dtype):
 
 
 def _product(a, b, dtype):
-    """From what `_parts` gives."""
+    """From what `parts_of` gives."""
     if len(a) == 1:
         return product(a[0], b[0], (1, 0), dtype)
     rows, lanes = a[0].shape

@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """See `mosaic_tpu_chunks.Chunk`. decay: "none", "head" (in `fixed`) or "token" (in `rows`, see `Gates`).
+    """See `mosaic_tpu_chunks.Chunk`. decay: "none", "head" (in `fixed`) or "token" (in `rows`, see `Decays`).
 
     Values are worked on in tiles of lanes: of several heads that are narrow, or part of one. Work on a tile is cut into
     stages, each of a few tiles in a block of instructions beside other stages of other tiles; all stand at fixed places
@@ -73,8 +73,9 @@ class Chunk:
 
     @property
     def lanes(self) -> int:
-        """Of what is alike in all lanes of a head."""
-        return self.tile if self.tile % LANES else LANES
+        """Of what is alike in all lanes of a head: one register, if that can stand for all of a tile."""
+        alike = self.tile % LANES == 0 and (self.together == 1 or self.tile == LANES)
+        return LANES if alike else self.tile
 
     @property
     def together(self) -> int:

@@ -148,7 +148,7 @@ def backward(
         found_values[1] = chunk.product(read(all_keys.at[number]), rounded[number, :, lanes], (1, 0))
         add(dk, number, chunk.product(read(written), rounded[number, :, lanes], (1, 1)), first_of_pack)
         if decayed:
-            found = _fold(d_state[number, :, lanes] * before[number, :, lanes].astype(jnp.float32))
+            found = _fold(chunk, d_state[number, :, lanes] * before[number, :, lanes].astype(jnp.float32))
             found = jnp.sum(found, axis=0, keepdims=True)
             add(d_last, slot, found if chunk.decay == "head" else found * kept[:, : chunk.lanes], first_of_heads)
         d_now, d_after = chunk.product(turned[number], read(d_reads), (1, 0)), d_state[number, :, lanes]
@@ -165,9 +165,9 @@ def backward(
             if chunk.decay != "none":
                 # Of the decays themselves where they are a table, else of their logarithms
                 of_since = d_o[block, at] if table else read(reads.at[m % 2, :, block])
-                of_since = _fold(found_values[2, block] * of_since.astype(jnp.float32))
+                of_since = _fold(chunk, found_values[2, block] * of_since.astype(jnp.float32))
                 of_until = tokens.v[block, at] if table else read(writes.at[m % 2, :, block])
-                of_until = _fold(d_written * of_until.astype(jnp.float32))
+                of_until = _fold(chunk, d_written * of_until.astype(jnp.float32))
                 if table or chunk.exclusive:
                     add(moved, (slot, 0, block), of_since, first_of_heads)
                     add(moved, (slot, 1, block), of_until, first_of_heads)
@@ -354,8 +354,8 @@ def _lane_sum(*parts):
     return sum(jnp.sum(x, axis=1, keepdims=True) for x in parts)
 
 
-def _fold(x):
-    """The sum of the registers that lie beside one another."""
-    if x.shape[1] % LANES:
+def _fold(chunk, x):
+    """The sum of the registers that lie beside one another, where all are of one head."""
+    if chunk.together > 1 or x.shape[1] % LANES:
         return x
     return sum((x[:, start : start + LANES] for start in range(LANES, x.shape[1], LANES)), x[:, :LANES])

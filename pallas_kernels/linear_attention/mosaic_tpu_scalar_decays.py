@@ -113,7 +113,7 @@ class Decays:
 
 
 def rows_of_tokens(log_decay, starts, chunk: int, heads: int, exclusive: bool, dtype):
-    """What `Gates` are made from. starts: `[B, T]`, tokens that must not read the state that they find; or None."""
+    """What `Decays` are made from. starts: `[B, T]`, tokens that must not read the state that they find; or None."""
     through = np.triu(np.ones((chunk, chunk), np.float32))  # up to and with the token
     tables = [through, np.triu(through, 1)] if exclusive else [through]
     barred = None

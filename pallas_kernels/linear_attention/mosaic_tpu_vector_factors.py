@@ -115,16 +115,16 @@ def make_factors(chunk: Any, step: int, tokens: Tokens, rows: Any, factors: Fact
 
     for start in range(0, tokens.q.shape[0], ROWS):
 
-        @pl.loop(0, step * units)
-        def _(n, at=slice(start, start + ROWS)):
-            mask = None if rows is None else rows[n // units].T[at, :1]
-            _factors_of_unit(chunk, n, at, part(n, unit, lanes), mask, tokens, factors)
-
-        if factors.decays is not None:
+        if factors.decays is not None:  # first, as the others' total takes the place of that of the tokens before
 
             @pl.loop(0, step * units)
             def _(n, at=slice(start, start + ROWS)):
                 _decays_of_unit(chunk, n, at, part(n, unit, lanes), tokens, factors)
+
+        @pl.loop(0, step * units)
+        def _(n, at=slice(start, start + ROWS)):
+            mask = None if rows is None else rows[n // units].T[at, :1]
+            _factors_of_unit(chunk, n, at, part(n, unit, lanes), mask, tokens, factors)
 
 
 def _put_below(chunk, n, at, number, x, factors):
@@ -154,7 +154,7 @@ def _decays_of_unit(chunk, n, at, lanes, tokens, factors):
         factors.decays[number, n, at] = jnp.concatenate(decay)
 
     ones = jnp.ones((ROWS, factors.decays.shape[3]), jnp.float32)
-    since, until, factors.total[n] = _decayed(chunk, at, ones, ones, tokens.log_decay, lanes, factors.total.at[n], put)
+    since, until, _ = _decayed(chunk, at, ones, ones, tokens.log_decay, lanes, factors.total.at[n], put)
     factors.ends[0, n, at], factors.ends[1, n, at] = jnp.concatenate(since), jnp.concatenate(until)
 
 

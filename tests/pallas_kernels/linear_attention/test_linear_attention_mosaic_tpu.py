@@ -36,6 +36,14 @@ def test_bfloat16(shape):
             assert error <= TOLERANCE[kind], f"{what}: {error:.2e} ({kind})"
 
 
+@pytest.mark.parametrize("decay", ["head", "token"])
+def test_several_heads_in_a_tile_of_several_registers(decay):
+    case = conformance.Case(shape=Shape(B=1, T=140, H=4, K=32, V=96, decay=decay))
+    with simulated():
+        for what, error, kind in conformance.SUITE.errors(case, "mosaic_tpu", jnp.float32, twice=False):
+            assert error <= TOLERANCE[kind], f"{what}: {error:.2e} ({kind})"
+
+
 def test_says_what_it_does_not_support():
     q, v = jnp.zeros((1, 4, 1, 16)), jnp.zeros((1, 4, 1, 16))
     with pytest.raises(ValueError, match="needs a TPU"):
