@@ -174,7 +174,7 @@ def _backward(options, residuals, cotangents):
     grid, rules = _grid(q, k, options, backward=True), _rules(q, k, v, options)
     cut = grid.cut_index(index)
     active = jax.vmap(functools.partial(tiles.overlaps, band=rules.band))(cut)[0]
-    together = _together(active.shape[2], grid.keys * max(q.shape[3], rules.value_width))
+    together = _together(active.shape[2], grid.keys, max(q.shape[3], rules.value_width), q.dtype.itemsize)
     # d scores = weights (d weights - product): the log-sum-exp's derivative in a score is that score's weight
     product = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - of_logsumexp
     # For a row that sees nothing, real or filled in, exp2(score - 1e30) is 0.
@@ -235,13 +235,14 @@ def _grid(q, k, options, backward):
     return grid
 
 
-def _together(tiles: int, size: int) -> int:
-    """How many tiles of keys make an outer tile of the backward: a power of two. size: numbers in one of them.
+def _together(tiles: int, keys: int, width: int, itemsize: int) -> int:
+    """How many tiles of keys make an outer tile of the backward: a power of two, such that fast memory holds them, where
+    narrow ones take whole lines of lanes.
 
     What begins and ends one takes as long as two or three pairs of tiles, and dq is read and written once for each.
     """
-    together = 1
-    while together < tiles and 2 * together * size <= OUTER:
+    together, size, lines = 1, keys * width, keys * -(-width // LANES) * LANES * itemsize
+    while together < tiles and 2 * together * size <= OUTER and 2 * together * lines <= 4 * OUTER:
         together *= 2
     return together
 

@@ -25,6 +25,7 @@ from pallas_kernels.mosaic_tpu_step import step
 
 CHUNK = 64  # two of them fill the lanes
 AT_ONCE = 8  # heads that one step of the grid works on at most, so that they need not wait for their products
+STATES = 8 * 256 * 512 * 2  # bytes of their states in the inputs' dtype, at most; in all a step takes some ten times that
 
 
 def supports(q, k, v, a, b, log_decay, initial_state, segment_ids, scale) -> str | None:
@@ -75,7 +76,8 @@ def run(
         body = Vector(pack, scale, q.dtype)
         at_once = 1 if pack.keys % LANES or pack.values % LANES else divisor(packs, PACKS)
     else:
-        body, at_once = Scalar(pack, decay, scale, q.dtype), divisor(packs, max(AT_ONCE // pack.heads, 1))
+        most = min(AT_ONCE // pack.heads, STATES // (pack.keys * pack.values * q.dtype.itemsize))
+        body, at_once = Scalar(pack, decay, scale, q.dtype), divisor(packs, max(most, 1))
     plan = Plan(chunk, packs, (packs,) * len(jax.tree.leaves(tokens)), at_once, keep=q.dtype)
     state, o = scan_chunks(body, plan, None, pack.join_states(state), tokens, rows)
     return o[:, :length].reshape(v.shape), pack.part_states(state)

@@ -28,6 +28,7 @@ CHUNK = 128  # tokens of one; bundles of 256, for heads of 256 and 512, are with
 NARROW_CHUNK = 64  # where channels have their own decays, and heads are narrower than the lanes
 AT_ONCE = 512  # tokens, of all packs of heads that one step of the grid works on
 VECTOR_AT_ONCE = 256  # the same, where channels have their own decays
+STATES = 4 * 256 * 512 * 2  # bytes of their states in the inputs' dtype, at most
 SHARED = 2048  # lanes of values that a pack of heads with the same keys has at most
 
 
@@ -102,7 +103,8 @@ def run(
         if decay == "token":
             rows = rows_of_tokens(log_decay, starts, chunk, pack.heads, exclusive, q.dtype)
     tokens = jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tokens)
-    at_once = 1 if parts[0] < packs else divisor(packs, (VECTOR_AT_ONCE if vector else AT_ONCE) // chunk)
+    most = min((VECTOR_AT_ONCE if vector else AT_ONCE) // chunk, STATES // (pack.keys * pack.values * q.dtype.itemsize))
+    at_once = 1 if parts[0] < packs else divisor(packs, max(most, 1))
     plan = Plan(chunk, packs, parts, at_once, keep=q.dtype)
     state, o = scan_chunks(body, plan, fixed, pack.join_states(state), tokens, rows)
     return o.reshape(v.shape)[:, :length], pack.part_states(state)
