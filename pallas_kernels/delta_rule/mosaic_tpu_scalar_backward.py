@@ -216,22 +216,22 @@ class _Stages(NamedTuple):
             self.own.of_whole[self.at(unit.one, head)] += jnp.sum(own, axis=1, keepdims=True)
 
     def readers(self, one):
-        own, pack = self.own, self.pack
-        write, found = writing(self.tokens, one, self.keys), own.of_since[one]
-        if own.reader is not None:
-            found = found * by_keys(pack, lambda head: own.reader[self.at(one, head)])
-        for head in range(pack.heads):
-            found += self.product(own.of_scores[self.at(one, head)], pack.of_keys(head, write), (1, 0))
-        self.store(one, found, self.d_tokens.q, self.d_tokens.a)
+        own, of = self.own, self.d_tokens
+        write = writing(self.tokens, one, self.keys)
+        self.side(one, write, own.of_since[one], own.reader, own.of_scores, of.q, of.a)
 
     def writers(self, one):
-        own, pack = self.own, self.pack
-        read, found = reading(self.tokens, one, self.keys), own.of_until[one]
-        if own.writer is not None:
-            found = found * by_keys(pack, lambda head: own.writer[self.at(one, head)])
-        for head in range(pack.heads):
-            found += self.product(own.of_scores_lying[self.at(one, head)], pack.of_keys(head, read), (1, 0))
-        self.store(one, found, self.d_tokens.k, self.d_tokens.b)
+        own, of = self.own, self.d_tokens
+        read = reading(self.tokens, one, self.keys)
+        self.side(one, read, own.of_until[one], own.writer, own.of_scores_lying, of.k, of.b)
+
+    def side(self, one, other, found, decays, of_scores, first, second):
+        """Of what reads, or of what writes: its gradients by the states, and by the scores with the other side."""
+        if decays is not None:
+            found = found * by_keys(self.pack, lambda head: decays[self.at(one, head)])
+        for head in range(self.pack.heads):
+            found += self.product(of_scores[self.at(one, head)], self.pack.of_keys(head, other), (1, 0))
+        self.store(one, found, first, second)
 
     def store(self, one, found, first, second):
         own = lanes(one, self.keys)
