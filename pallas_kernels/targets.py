@@ -65,7 +65,8 @@ class Gpu:
 class Tpu:
     """topology: the smallest that the compiler knows; one of its chips is compiled for, or `devices` of a larger one.
 
-    clock: GHz. memory: bytes of a chip that the compiler lets a program have.
+    clock: GHz. memory: bytes of a chip that the compiler lets a program have. products: multiply-accumulates in
+    bfloat16 that a chip's matrix units do in a cycle, by the peaks of its data sheet (197, 459 and 918 TFLOP/s).
     """
 
     name: str
@@ -73,6 +74,7 @@ class Tpu:
     topology: str
     clock: float
     memory: int
+    products: int
     devices: int = 1
     platform = "tpu"
 
@@ -85,9 +87,9 @@ TARGETS: dict[str, Gpu | Tpu] = {
         Gpu("a100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 84_974_239_744, 2_039_000_000_000, 41_943_040,
             shared_memory=167_936, shared_memory_of_block=166_912),
         Gpu("b200", "NVIDIA B200", (10, 0), 148, 128, 1.965, 191_501_959_168, 8_000_000_000_000, 132_644_864),
-        Tpu("v5e", "TPU v5 lite", "v5e:2x2", 1.5, 16_911_000_000),
-        Tpu("v5p", "TPU v5", "v5p:2x2x1", 1.75, 102_789_000_000),
-        Tpu("v6e", "TPU v6 lite", "v6e:2x2", 1.75, 33_543_000_000),
+        Tpu("v5e", "TPU v5 lite", "v5e:2x2", 1.5, 16_911_000_000, 65_536),
+        Tpu("v5p", "TPU v5", "v5p:2x2x1", 1.75, 102_789_000_000, 131_072),
+        Tpu("v6e", "TPU v6 lite", "v6e:2x2", 1.75, 33_543_000_000, 262_144),
     )
 }  # fmt: skip
 

@@ -6,12 +6,14 @@
     python -m pallas_kernels.check --rivals --target=v5e,v6e                    static cycles beside JAX's own kernels
 
 A row is one op at one shape, forward or forward and backward, by the implementation that is the default on the target,
-and one more by the kernels of ours where they are not the default but support the call. Its columns: the kernels of
-ours in it (none where XLA or cuDNN does it all); of GPU kernels the registers of a thread, bytes spilled, bytes of
-shared memory (of the kernel that asks for most), and matrix instructions of Hopper in the code (where
-nvidia-cuda-nvdisasm is installed); of TPU kernels the registers spilled, bytes of VMEM, the bundles of a grid step with
-its loops as often as they turn (where that hangs on the data: loops once, and after ">" the bundles of each), and the
-share of them that starts a matrix product; bytes of arguments, results and temporaries; seconds to compile.
+one more by the kernels of ours where they are not the default but support the call, and on TPUs one by the recurrences'
+chunked form, to be compared with. Its columns: the kernels of ours in it (none where XLA or cuDNN does it all); of GPU
+kernels the registers of a thread, bytes spilled, bytes of shared memory (of the kernel that asks for most), and matrix
+instructions of Hopper in the code (where nvidia-cuda-nvdisasm is installed); of TPU kernels the registers spilled,
+bytes of VMEM, the bundles of a grid step with its loops as often as they turn (where that hangs on the data: loops
+once, and after ">" the bundles of each), and the share of them that starts a matrix product; on TPUs XLA's own estimate
+of the cycles of all that is no kernel, and for a chunked form the cycles that its matrix products take at the chip's
+peak; bytes of arguments, results and temporaries; seconds to compile.
 
 The compilers come with `pip install -e .[check]`.
 
@@ -47,7 +49,7 @@ RIVALS = flags.DEFINE_bool("rivals", False, "Count static cycles beside JAX's ow
 
 COLUMNS = (
     "target", "op", "shape", "pass", "by", "kernels", "registers", "spills", "shared memory or VMEM", "bundles a step",
-    "products", "memory, MB", "s",
+    "products", "XLA's cycles (floor)", "memory, MB", "s",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm")
 
@@ -117,7 +119,7 @@ def select_rows(target: Any) -> list[Row]:
         for shape in (op.quick if QUICK.value and SHAPES.value is None else op.shapes)
         if SHAPES.value is None or shape in SHAPES.value
         for what in passes(op.shapes[shape])[: 1 if QUICK.value else None]
-        for by in op.kernels(target.platform)
+        for by in op.forms(target.platform)
     ]
 
 
@@ -146,12 +148,17 @@ def bundles_of(kernel: dict[str, Any]) -> str | None:
     return " > ".join(map(str, (kernel["step"], *kernel["loops"]))) if "step" in kernel else None
 
 
+def xla_cycles_of(row: dict[str, Any]) -> str:
+    floor = f" ({row['floor']})" if "floor" in row else ""
+    return f"{row.get('xla_cycles', '–')}{floor}"
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     if "error" in row:
         by = f"{row['asked']}: " if row["asked"] else ""
         return (
             [*identity(row), f"{by}failed: {row['error'].splitlines()[0][:200]}"]
-            + ["–"] * 7
+            + ["–"] * 8
             + [f"{row['seconds']:.1f}"]
         )
 
@@ -169,6 +176,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         each(lambda kernel: f"{kernel.get('shared_memory') or kernel.get('vmem') or 0:,}".replace(",", " ")),
         each(bundles_of),
         each(lambda kernel: f"{kernel['products']:.0%}" if "products" in kernel else kernel["hgmma"]),
+        xla_cycles_of(row),
         " + ".join(f"{memory[name] / 1e6:.0f}" for name in ("argument", "output", "temp")),
         f"{row['seconds']:.1f}",
     ]

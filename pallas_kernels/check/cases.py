@@ -27,17 +27,20 @@ Call = tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]  # a function that give
 @dataclasses.dataclass(frozen=True)
 class Op:
     """call: of a shape. quick: the shapes that `--quick` takes. api: the module with the op's IMPLEMENTATIONS, where
-    kernels of ours may be among them; then the function that `call` gives takes `implementation`."""
+    kernels of ours may be among them; then the function that `call` gives takes `implementation`. plain: the one that
+    is compiled for TPUs too, to be compared with kernels of ours."""
 
     shapes: Mapping[str, Any]
     call: Callable[[Any], Call]
     quick: tuple[str, ...]
     api: ModuleType | None = None
+    plain: str | None = None
 
-    def kernels(self, platform: str) -> list[str | None]:
-        """What is compiled for a platform: the default (None), and our kernels, which are not always the default."""
+    def forms(self, platform: str) -> list[str | None]:
+        """What is compiled for a platform: the default (None), our kernels, which are not always the default, `plain`."""
         ours = f"mosaic_{platform}"
-        return [None, ours] if self.api is not None and ours in self.api.IMPLEMENTATIONS else [None]
+        kernels = [ours] if self.api is not None and ours in self.api.IMPLEMENTATIONS else []
+        return [None, *kernels, *([self.plain] if self.plain and platform == "tpu" else [])]
 
 
 def attention(shape: attention_shapes.Shape) -> Call:
@@ -94,9 +97,13 @@ def _arrays(*shapes: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[jax.Sh
 
 OPS = {
     "attention": Op(attention_shapes.REAL, attention, ("llama3 8b 8k", "llama3 8b decode 128k"), attention_api),
-    "selective_scan": Op(selective_scan_shapes.REAL, selective_scan, ("mamba_1b_decode",), selective_scan_api),
-    "linear_attention": Op(linear_attention_shapes.REAL, linear_attention, ("mamba2_1b_decode",), linear_attention_api),
-    "delta_rule": Op(delta_rule_shapes.REAL, delta_rule, ("rwkv7_1b_decode",), delta_rule_api),
+    "selective_scan": Op(
+        selective_scan_shapes.REAL, selective_scan, ("mamba_1b_decode",), selective_scan_api, "chunked"
+    ),
+    "linear_attention": Op(
+        linear_attention_shapes.REAL, linear_attention, ("mamba2_1b_decode",), linear_attention_api, "chunked"
+    ),
+    "delta_rule": Op(delta_rule_shapes.REAL, delta_rule, ("rwkv7_1b_decode",), delta_rule_api, "chunked"),
     "wkv": Op(wkv_shapes.REAL, wkv, ("rwkv4_1b_decode",), wkv_api),
 }
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels import targets
-from pallas_kernels.check import llo, ptxas
+from pallas_kernels.check import llo, ptxas, xla
 
 
 def main(task: dict[str, Any]) -> None:
@@ -76,10 +76,17 @@ def compile_row(compiler: Any, target: Any, op: Any, shape: str, what: str, by: 
         return {"dump": True}
     compiled, kernels = compiler.compile(lowered)
     memory = compiled.memory_analysis()
+    estimates = {}
+    if target.platform == "tpu":
+        estimates["xla_cycles"] = xla.cycles(compiled.as_text())
+        if by is not None and by == op.plain:
+            with targets.tracing(target):
+                estimates["floor"] = round(xla.products(function, *arguments) / target.products)
     return {
         "implementation": by or " ".join(dict.fromkeys(name for _, name in chosen)),
         "kernels": kernels,
         "memory": {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")},
+        **estimates,
     }
 
 
