@@ -1,4 +1,5 @@
-"""What is special about the attention mixer: its ring cache, its options, and models of others rebuilt around it."""
+"""What is special about the attention mixer: its ring cache and its options. (Equal to models of others:
+tests/pretrained.)"""
 
 import dataclasses
 import functools
@@ -180,92 +181,6 @@ def test_sizes_are_whole_numbers():
 def test_capacity_must_be_positive():
     with pytest.raises(ValueError, match="capacity=0"):
         make(**SMALL).init_state(1, 0)
-
-
-def load(case):
-    layers = np.load(f"tests/golden/attention_{case}_mlp.npz")
-    return {name: a for file in (layers, np.load(f"tests/golden/attention_{case}.npz"))
-            for name, a in file.items()}  # fmt: skip
-
-
-def rebuilt_model(weights, config, epsilon):
-    """The decoder of a Hugging Face model with our mixer in it: `(x, states, ids) -> logits, states`."""
-    width = weights["embedding"].shape[1]
-    mixers = []
-    for i in range(sum(name.endswith(".input_layernorm") for name in weights)):
-        mixer = config.make(width, rngs=nnx.Rngs(0))
-        for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
-            getattr(mixer, ours).kernel[...] = jnp.asarray(weights[f"{i}.self_attn.{theirs}"].T)
-        if config.qk_norm:
-            mixer.query_norm.scale[...] = jnp.asarray(weights[f"{i}.self_attn.q_norm"])
-            mixer.key_norm.scale[...] = jnp.asarray(weights[f"{i}.self_attn.k_norm"])
-        mixers.append(mixer)
-
-    def norm(x, scale):
-        return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale[None, None]
-
-    def project(x, weight):
-        return jnp.einsum("btd,fd->btf", x, weight, precision="highest")
-
-    @jax.jit
-    def run(x, states, ids):
-        new_states = []
-        for i, mixer in enumerate(mixers):
-            y, state = mixer(norm(x, weights[f"{i}.input_layernorm"]), states[i], ids)
-            new_states.append(state)
-            x = x + y
-            y = norm(x, weights[f"{i}.post_attention_layernorm"])
-            gated = jax.nn.silu(project(y, weights[f"{i}.mlp.gate"])) * project(y, weights[f"{i}.mlp.up"])
-            x = x + project(gated, weights[f"{i}.mlp.down"])
-        return project(norm(x, weights["final_norm"]), weights["head"]), new_states
-
-    return run, mixers
-
-
-def test_qwen3():
-    """Grouped heads with query and key norms, the whole sequence at once."""
-    weights = load("qwen3")
-    config = AttentionConfig(num_heads=9, num_kv_heads=3, head_dim=12, rope_base=1e6, qk_norm=True)
-    run, _ = rebuilt_model(weights, config, epsilon=1e-6)
-    logits, _ = run(weights["embedding"][weights["tokens"]][None], [None] * 3, None)
-    assert_close(logits[0], weights["logits"], "float32 oracle")
-
-
-def test_mistral_in_two_pieces():
-    """Sliding windows of 16 over 67 tokens through ring caches, with a padded token in front."""
-    weights = load("mistral_swa")
-    config = AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=14, window=16)
-    run, mixers = rebuilt_model(weights, config, epsilon=1e-5)
-    states = [mixer.init_state(1, 100) for mixer in mixers]
-    assert states[0].keys.shape[1] == 16
-    x = np.pad(weights["embedding"][weights["tokens"]], ((1, 0), (0, 0)))[None]
-    ids = (np.arange(68)[None] > 0).astype(np.int32)
-    first, states = run(x[:, :34], states, ids[:, :34])
-    second, _ = run(x[:, 34:], states, ids[:, 34:])
-    assert_close(np.concatenate([first, second], axis=1)[0, 1:], weights["logits"], "float32 oracle")
-
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0, "original_max_position_embeddings": 64}
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
-
-
-LINEAR = {"rope_type": "linear", "factor": 4.0}
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 48}
-
-
-@pytest.mark.parametrize(
-    ("case", "kv_heads", "scaling"),
-    [("llama_yarn", 2, YARN), ("llama_llama3", 2, LLAMA3), ("llama_linear", 4, LINEAR), ("llama_dynamic", 4, DYNAMIC)],
-)
-def test_llama_with_scaled_rope(case, kv_heads, scaling):
-    weights = load(case)
-    config = AttentionConfig(num_heads=4, num_kv_heads=kv_heads, head_dim=16, rope_scaling=scaling)
-    run, _ = rebuilt_model(weights, config, epsilon=1e-5)
-    logits, _ = run(weights["embedding"][weights["tokens"]][None], [None] * 2, None)
-    assert_close(logits[0], weights["logits"], "float32 oracle")
 
 
 def test_a_cache_longer_than_the_window_is_read_no_further_than_it():

@@ -1,11 +1,12 @@
 """The laws of the interface, for every entry of `MIXERS` and for options that change what a mixer computes.
 
 All laws compare on one set of inputs: rows with documents, padding (with garbage in it), and a state that has
-already read something. Nearly all their time is compiling: a mixer's programs are few, shared by the laws, and what
-the tests compute themselves is NumPy.
+already read something. Nearly all their time is compiling: a mixer's programs are few, shared by the laws (of two
+lengths alone, the whole and a single token), and what the tests compute themselves is NumPy.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +27,18 @@ from pallas_kernels.wkv import chunked as wkv_chunked
 from pallas_kernels.tolerances import assert_close
 
 BATCH, LENGTH, WIDTH = 3, 24, 32
-CAPACITY = LENGTH  # so with what a state has read before, caches overflow in row 2 and become windows
+# More than a call's tokens, which so overwrite part of a cache; fewer than these and those that a state has read
+# before, so that caches overflow in row 2 and become windows.
+CAPACITY = 28
 
-# Every entry, with options where its defaults would test less: the four of attention are one module with the same
-# defaults but for the number of key-value heads, and twenty-four tokens fit into one segment of "infini".
+# Every entry, with options where its defaults would test less: twenty-four tokens fit into one segment of "infini", and
+# the four of attention are one module with the same defaults but for the number of key-value heads. Two of these have
+# the same options, and so programs that a run's cache holds already. (No positions at all: Jamba's checkpoint.)
 CASES = {name: (name, {}) for name in lcr.MIXERS} | {
     "attention": ("attention", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
-    "mha": ("mha", {"positions": "xpos"}),
+    "mha": ("mha", {"window": 5, "qk_norm": True, "soft_cap": 2.0}),
     "mqa": ("mqa", {"positions": "alibi"}),
-    "gqa": ("gqa", {"positions": "none", "num_heads": 4, "num_kv_heads": 2}),
+    "gqa": ("gqa", {"positions": "xpos", "num_heads": 4, "num_kv_heads": 2}),
     "infini": ("infini", {"segment_length": 5, "update": "delta"}),
 }
 
@@ -47,8 +51,8 @@ IDS = np.array(
     ],
     np.int32,
 )
-# Few distinct lengths, so that few programs are compiled: the whole, eighths of it and single tokens.
-CUTS = [(1, 2, 3, 4, 5, 6, 7, 8, 16), (8, 16, 17, 18, 19, 20, 21, 22, 23)]
+# Into single tokens, into thirds, and into both.
+CUTS = [tuple(range(1, LENGTH)), (8, 16), (8, *range(9, 16), 16)]
 
 
 class Built:
@@ -62,19 +66,21 @@ class Built:
         self.parameters = parameters_of(case, width)
         self._call = jax.jit(self.apply)
         self._pull = jax.jit(self.pull)
+        self._mapped = jax.jit(jax.vmap(jax.grad(self.remat_loss, argnums=1, has_aux=True), in_axes=(None, 0, 0, 0)))
 
     def apply(self, parameters, x, state, ids):
+        """state: of an earlier call, None, or a function that makes one."""
         mixer = nnx.merge(self.graph, parameters)
-        if hasattr(mixer, "values"):  # as a later layer: in the first one a value residual changes nothing
-            return mixer(x, state, ids, jnp.flip(x, axis=-1))
-        return mixer(x, state, ids)
+        # as a later layer: in the first one a value residual changes nothing
+        more = (jnp.flip(x, axis=-1),) if hasattr(mixer, "values") else ()
+        return mixer(x, state() if callable(state) else state, ids, *more)
 
     def init_state(self, capacity=CAPACITY, batch=BATCH):
         return jax.device_get(self.mixer.init_state(batch, capacity))
 
     def call(self, x, state, ids):
-        """The outputs; where the laws need the gradients of such a call too, by the program that also gives those."""
-        if ids is None or x.shape[1] == 1:
+        """The outputs; with ids by the program that also gives gradients, which the laws need anyway."""
+        if ids is None:
             return jax.device_get(self._call(self.parameters, x, state, ids))
         return self.pull_back(x, state, ids, (np.zeros(x.shape, self.dtype), no_cotangent(state)))[0]
 
@@ -86,27 +92,47 @@ class Built:
         """The outputs, and the gradients for the parameters, x and the state."""
         return jax.device_get(self._pull(self.parameters, x, state, ids, cotangents))
 
+    def remat_loss(self, parameters, x, state, weights):
+        y, after = jax.checkpoint(self.apply)(parameters, x, state, None)
+        return jnp.sum(y * weights), (y, after)
+
+    def mapped(self, x, state, weights):
+        """Without ids, row by row under vmap, all computed again for the gradient: the outputs, and the gradient of
+        sum(y * weights) for x."""
+        rows = jax.tree.map(lambda leaf: leaf[:, None], (x, state, weights))
+        of_x, outputs = jax.device_get(self._mapped(self.parameters, *rows))
+        return jax.tree.map(lambda leaf: leaf[:, 0], (outputs, of_x))
+
     def pieces(self, x, state, ids, cuts):
         """Feeds x, cut at `cuts`, through the state."""
         outputs = []
-        for part, part_ids in zip(cut(x, cuts), cut(ids, cuts), strict=True):
-            y, state = self.call(part, state, part_ids)
-            outputs.append(y)
+        for start, *part in self.parts(cuts, x, ids):
+            y, state = self.call(part[0], state, part[1])
+            outputs.append(y[:, start])
         return np.concatenate(outputs, axis=1), state
+
+    def parts(self, cuts, x, ids, *others):
+        """Where a piece lies in its call; and the call's x, ids and others: a token alone; of a longer piece the whole
+        with all the rest as padding, so that no program is compiled for it."""
+        for a, b in zip((0, *cuts), (*cuts, LENGTH), strict=True):
+            if b - a == 1:
+                yield slice(None), *(array[:, a:b] for array in (x, ids, *others))
+            else:
+                yield slice(a, b), x, np.where((np.arange(LENGTH) >= a) & (np.arange(LENGTH) < b), ids, 0), *others
 
     def gradients(self, x, state, ids, weights, cuts=()):
         """Gradients of sum(y * weights) + sum(sin(final state)) for the parameters, x and the initial state."""
-        parts = list(zip(cut(x, cuts), cut(ids, cuts), cut(weights, cuts), strict=True))
+        parts = list(self.parts(cuts, x, ids, weights))
         states = [state]
-        for part, part_ids, _ in parts:
+        for _, part, part_ids, _ in parts:
             states.append(self.call(part, states[-1], part_ids)[1])
         cotangent = jax.tree.map(lambda leaf: np.cos(leaf) if is_float(leaf) else no_gradient(leaf), states[-1])
         parameters, xs = [], []
-        for (part, part_ids, part_weights), before in zip(parts[::-1], states[-2::-1], strict=True):
+        for (at, part, part_ids, part_weights), before in zip(parts[::-1], states[-2::-1], strict=True):
             args = (part, before, part_ids, (part_weights.astype(part.dtype), cotangent))
             _, (of_parameters, of_x, cotangent) = self.pull_back(*args)
             parameters.append(of_parameters)
-            xs.insert(0, of_x)
+            xs.insert(0, of_x[:, at])
         return {
             "parameters": jax.tree.map(lambda *leaves: sum(leaves), *parameters),
             "x": np.concatenate(xs, axis=1),
@@ -120,11 +146,6 @@ def is_float(leaf):
 
 def no_gradient(leaf):
     return np.zeros(leaf.shape, jax.dtypes.float0)
-
-
-def cut(array, cuts):
-    ends = [*cuts, LENGTH]
-    return [array[:, a:b] for a, b in zip([0, *cuts], ends, strict=True)]
 
 
 def make(case, width, **options):
@@ -155,8 +176,8 @@ def inputs(seed=2, length=LENGTH, width=WIDTH):
 
 def used_state(built):
     """A state that has read eight tokens of documents 3, 9 and 4: rows 0 and 2 of IDS go on with theirs."""
-    ids = np.broadcast_to(np.array([[3], [9], [4]], np.int32), (BATCH, 8))
-    return built.call(inputs(3, 8), built.init_state(), ids)[1]
+    ids = np.where(np.arange(LENGTH) < 8, np.array([[3], [9], [4]], np.int32), 0)
+    return built.call(inputs(3), built.init_state(), ids)[1]
 
 
 def no_cotangent(state):
@@ -197,18 +218,21 @@ def test_split(case):
     for cuts in CUTS:
         assert_close(built.pieces(x, state, IDS, cuts), whole, "float32", f"cut at {cuts}")
     gradients = built.gradients(x, state, IDS, weights)
-    through_the_state = built.gradients(x, state, IDS, weights, (8, 16))
-    assert_close(through_the_state, gradients, "float32 gradient")
+    for cuts in CUTS:
+        through_the_state = built.gradients(x, state, IDS, weights, cuts)
+        assert_close(through_the_state, gradients, "float32 gradient", f"cut at {cuts}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.abs(leaf).max() > 0, f"{jax.tree_util.keystr(path)}: zero everywhere, so it tests nothing"
 
 
 def test_no_segment_ids(case):
-    """`segment_ids=None` equals the ids of the document in hand, for many tokens and for one."""
+    """`segment_ids=None` equals the ids of the document in hand, for many tokens (by the program of the transforms) and
+    for one."""
     built = build(case)
     x, state = inputs(), used_state(built)
     ids = np.broadcast_to(state.segment_id[:, None], (BATCH, LENGTH))
-    assert_close(built.call(x, state, None), built.call(x, state, ids), "float32")
+    outputs, _ = built.mapped(x, state, inputs(4))
+    assert_close(outputs, built.call(x, state, ids), "float32")
     assert_close(built.call(x[:, :1], state, None), built.call(x[:, :1], state, ids[:, :1]), "float32")
 
 
@@ -216,16 +240,29 @@ def test_no_state(case):
     """`state=None` equals a fresh state with room for the call's tokens, in which the first document has the id 1:
     outputs and, as training has it, gradients, with documents and without."""
     built = build(case)
-    x, state = inputs(), built.init_state(LENGTH)
-    named = np.ones((BATCH, LENGTH), np.int32)
-    expected = built.call(x, state, named)
-    assert_close(built.call(x, None, None), expected, "float32")
-    assert_close(built.call(x, state, None), expected, "float32")
-    cotangents = (inputs(4), no_cotangent(state))
-    (y, after), (*gradients, _) = built.pull_back(x, None, IDS, cotangents)
-    expected, (*expected_gradients, _) = built.pull_back(x, state, IDS, cotangents)
-    assert_close((y, after), expected, "float32")
-    assert_close(gradients, expected_gradients, "float32 gradient")
+    x, fresh = inputs(), built.init_state()
+
+    def traced(state, ids):
+        """The program as text, but for the addresses of the functions that make its gradients."""
+        return re.sub(r"0x\w+", "", str(jax.make_jaxpr(built.apply, static_argnums=2)(built.parameters, x, state, ids)))
+
+    def makes_one():
+        return built.mixer.init_state(BATCH, LENGTH)
+
+    if all(traced(None, ids) == traced(makes_one, ids) for ids in (IDS, None)):
+        return  # nothing to compare: one program
+
+    def room_for_the_call(state):
+        """Without the slots that are left empty by a call of fewer tokens than a cache has slots."""
+        return jax.tree.map(lambda leaf, like: leaf[tuple(map(slice, like.shape))], state, makes_one())
+
+    y, after = built.call(x, fresh, np.ones((BATCH, LENGTH), np.int32))
+    assert_close(built.call(x, None, None), (y, room_for_the_call(after)), "float32")
+    weights = inputs(4)
+    (y, after), (*expected, _) = built.pull_back(x, fresh, IDS, (weights, no_cotangent(fresh)))
+    outputs, (*gradients, _) = built.pull_back(x, None, IDS, (weights, no_cotangent(makes_one())))
+    assert_close(outputs, (y, room_for_the_call(after)), "float32")
+    assert_close(gradients, expected, "float32 gradient")
 
 
 @pytest.mark.parametrize("end", [1, 13, 23])
@@ -288,11 +325,13 @@ def test_padding(case, where):
         "middle": [0, 1, 2, 3, 5, 6, 9, 10, 11, 12, 15, 16, 17, 18, 19, 23],
     }[where])  # fmt: skip
     padding = np.setdiff1d(np.arange(LENGTH), at)
-    # Sixteen real tokens: without padding as two calls of eight, with padding as one call of twenty-four.
+    # Sixteen real tokens: without padding one by one, with padding as one call of twenty-four.
     x, weights = inputs()[:, :16], inputs(4)[:, :16]
     ids = np.array([[3] * 8 + [5] * 8, [9] * 16, [4] * 2 + [6] * 14], np.int32)
-    first, middle = built.call(x[:, :8], state, ids[:, :8])
-    second, after = built.call(x[:, 8:], middle, ids[:, 8:])
+    outputs, after = [], state
+    for t in range(16):
+        y, after = built.call(x[:, t : t + 1], after, ids[:, t : t + 1])
+        outputs.append(y)
 
     def padded(values, garbage):
         result = garbage.copy()
@@ -301,7 +340,7 @@ def test_padding(case, where):
 
     padded_x, padded_ids = padded(x, 1e3 * inputs(6)), padded(ids, np.zeros_like(IDS))
     y_padded, after_padded = built.call(padded_x, state, padded_ids)
-    assert_close(y_padded[:, at], np.concatenate([first, second], axis=1), "float32")
+    assert_close(y_padded[:, at], np.concatenate(outputs, axis=1), "float32")
     assert_close(after_padded, after, "float32")
     assert not y_padded[:, padding].any()
 
@@ -374,12 +413,7 @@ def test_precision(case):
         assert largest.dtype == np.float32, "a recurrent accumulator is float32"
     assert_close(of_parameters_rounded, of_parameters, "bfloat16 gradient")
 
-    # In three calls, each with the rest of the tokens as padding, so that no program is compiled for them.
-    outputs, through = np.zeros_like(y_rounded), state_rounded
-    for third in range(3):
-        ids = np.where(np.arange(LENGTH)[None] // 8 == third, IDS, 0)
-        part, through = rounded.call(x, through, ids)
-        outputs = np.where(ids[:, :, None] != 0, part, outputs)
+    outputs, through = rounded.pieces(x, state_rounded, IDS, (8, 16))  # by the same program: see the table
     assert_close(outputs, y_rounded, "bfloat16")
     assert_close(through, after_rounded, "bfloat16 cut" if constant_size(rounded.mixer) else "bfloat16")
 
@@ -435,7 +469,7 @@ def test_a_million_tokens_with_extreme_gates(case):
         y, state = built.apply(built.parameters, scale * x, state, None)
         return state, jnp.abs(y).max()
 
-    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
+    @functools.partial(jax.jit, compiler_options=None if skipped else OPTIMIZED)  # a million do run long
     def run(state):
         return jax.lax.scan(step, state, scales)
 
@@ -450,20 +484,17 @@ def test_a_million_tokens_with_extreme_gates(case):
 
 
 def test_transforms(case):
-    """vmap and remat give what a plain call gives; tracing does not unroll time. (Under scan runs the law above.)"""
+    """vmap and remat give what a plain call gives (without ids: with them they are traced); tracing does not unroll
+    time. (Under scan runs the law above.)"""
     built = build(case)
-    x, state = inputs(), used_state(built)
-    expected = built.call(x, state, IDS)
+    x, state, weights = inputs(), used_state(built), inputs(4)
+    ids = np.broadcast_to(state.segment_id[:, None], (BATCH, LENGTH))
+    _, mapped = built.mapped(x, state, weights)
+    _, (_, of_x, _) = built.pull_back(x, state, ids, (weights, no_cotangent(state)))
+    assert_close(mapped, of_x, "float32 gradient", "vmap of a gradient, remat")
 
-    def loss(x, state, ids, weights):
-        y, after = jax.checkpoint(built.apply)(built.parameters, x, state, ids)
-        return jnp.sum(y * weights), (y, after)
-
-    rows = jax.tree.map(lambda leaf: leaf[:, None], (x, state, IDS, inputs(4)))
-    mapped, (y, after) = jax.device_get(jax.jit(jax.vmap(jax.grad(loss, has_aux=True)))(*rows))
-    _, (_, of_x, _) = built.pull_back(x, state, IDS, (inputs(4), no_cotangent(state)))
-    assert_close(mapped[:, 0], of_x, "float32 gradient", "vmap of a gradient, remat")
-    assert_close((y[:, 0], jax.tree.map(lambda leaf: leaf[:, 0], after)), expected, "float32", "vmap")
+    rows = jax.tree.map(lambda leaf: leaf[:, None], (x, state, IDS))
+    jax.eval_shape(jax.vmap(functools.partial(built.apply, built.parameters)), *rows)
 
     def size(length):
         return str(jax.make_jaxpr(built.apply)(built.parameters, inputs(9, length), state, None)).count(" = ")

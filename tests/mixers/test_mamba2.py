@@ -1,4 +1,5 @@
-"""Mamba-2: equal to a whole model of transformers, its recurrence to a float64 one; its sizes and its errors."""
+"""Mamba-2: its recurrence equal to a float64 one; its sizes and its errors. (Equal to a whole model of transformers:
+tests/pretrained.)"""
 
 import math
 import pathlib
@@ -13,39 +14,6 @@ from lcr.mixers.mamba2 import Mamba2Config, state_space
 from pallas_kernels.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-
-
-def rms_norm(x, scale):
-    return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + np.float32(1e-5)) * scale
-
-
-def with_weights(golden, prefix):
-    """A mixer with the weights (`[out, in]`) of one layer of the golden model."""
-    config = Mamba2Config(head_width=16, state_size=12, num_groups=2)
-    mixer = config.make(48, rngs=nnx.Rngs(0))
-    mixer.in_proj.kernel.set_value(jnp.asarray(golden[f"{prefix}.in_proj"].T))
-    mixer.out_proj.kernel.set_value(jnp.asarray(golden[f"{prefix}.out_proj"].T))
-    mixer.conv.weight.set_value(jnp.asarray(golden[f"{prefix}.conv1d"][:, 0, ::-1].T))
-    mixer.conv.bias.set_value(jnp.asarray(golden[f"{prefix}.conv1d.bias"]))
-    mixer.norm_scale.set_value(jnp.asarray(golden[f"{prefix}.norm"]))
-    for name in ("A_log", "D", "dt_bias"):
-        getattr(mixer, name).set_value(jnp.asarray(golden[f"{prefix}.{name}"]))
-    return mixer
-
-
-@pytest.mark.parametrize("cuts", [(), (33,)], ids=["whole", "in pieces"])
-def test_equals_the_mamba2_of_transformers(cuts):
-    """All of a three-layer model, in one call and in pieces through the states."""
-    golden = dict(np.load(GOLDEN / "mamba2_transformers.npz"))
-    x = golden["embedded"]
-    for layer in ("layers.0", "layers.1", "layers.2"):
-        run, state, outputs = jax.jit(with_weights(golden, f"{layer}.mixer").__call__), None, []
-        for piece in np.split(rms_norm(x, golden[f"{layer}.norm"]), cuts, axis=1):
-            y, state = run(piece, state)
-            outputs.append(y)
-        x = x + np.concatenate(outputs, axis=1)
-    logits = rms_norm(x, golden["norm_f"]) @ golden["lm_head"].T
-    assert_close(logits, golden["logits"], "float32 oracle")
 
 
 @pytest.mark.parametrize(("case", "dtype"), [("full", "float32"), ("init_limit", "float32"), ("init_limit", "float64")])

@@ -1,6 +1,5 @@
-"""RWKV-4 with its channel mixing: equal to a whole model of transformers; its sizes, initial values and errors."""
+"""RWKV-4: its sizes, initial values and errors. (Equal to a whole model of transformers: tests/pretrained.)"""
 
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,58 +7,6 @@ import lcr
 import numpy as np
 import pytest
 from flax import nnx
-from lcr.layers.channel_mixing import ChannelMixingConfig
-from lcr.mixers.rwkv4 import RWKV4Config
-from pallas_kernels.tolerances import assert_close
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-
-
-def layer_norm(x, golden, name):
-    x = x - np.mean(x, -1, keepdims=True)
-    x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + np.float32(1e-5))
-    return x * golden[f"{name}.weight"][None, None] + golden[f"{name}.bias"][None, None]
-
-
-def time_mixing(golden, prefix):
-    """A mixer with the weights (`[out, in]`) of one layer of the golden model."""
-    mixer = RWKV4Config().make(52, rngs=nnx.Rngs(0))
-    for ours, theirs in {"r": "receptance", "k": "key", "v": "value"}.items():
-        getattr(mixer, f"time_mix_{ours}").set_value(jnp.asarray(golden[f"{prefix}.time_mix_{theirs}"]))
-        getattr(mixer, f"{ours}_proj").kernel.set_value(jnp.asarray(golden[f"{prefix}.{theirs}.weight"].T))
-    mixer.time_decay.set_value(jnp.asarray(golden[f"{prefix}.time_decay"]))
-    mixer.bonus.set_value(jnp.asarray(golden[f"{prefix}.time_first"]))
-    mixer.out_proj.kernel.set_value(jnp.asarray(golden[f"{prefix}.output.weight"].T))
-    return mixer
-
-
-def channel_mixing(golden, prefix):
-    layer = ChannelMixingConfig(d_ff=88, mix_of="current").make(52, rngs=nnx.Rngs(0))
-    for name in ("key", "receptance"):
-        getattr(layer, name).kernel.set_value(jnp.asarray(golden[f"{prefix}.{name}.weight"].T))
-        getattr(layer, f"{name}_mix").set_value(jnp.asarray(golden[f"{prefix}.time_mix_{name}"]))
-    layer.value.kernel.set_value(jnp.asarray(golden[f"{prefix}.value.weight"].T))
-    return layer
-
-
-@pytest.mark.parametrize("cuts", [(), (33,)], ids=["whole", "in pieces"])
-def test_transformers_model(cuts):
-    """All of a three-layer model with its channel mixing, in one call and in pieces through the states."""
-    golden = dict(np.load(GOLDEN / "rwkv4_transformers.npz"))
-
-    def in_pieces(layer, x):
-        run, state, outputs = jax.jit(layer.__call__), None, []
-        for piece in np.split(x, cuts, axis=1):
-            y, state = run(piece, state)
-            outputs.append(y)
-        return np.concatenate(outputs, axis=1)
-
-    x = layer_norm(golden["embedded"][None], golden, "blocks.0.pre_ln")
-    for name in ("blocks.0", "blocks.1", "blocks.2"):
-        x = x + in_pieces(time_mixing(golden, f"{name}.attention"), layer_norm(x, golden, f"{name}.ln1"))
-        x = x + in_pieces(channel_mixing(golden, f"{name}.feed_forward"), layer_norm(x, golden, f"{name}.ln2"))
-    logits = layer_norm(x, golden, "ln_out")[0] @ golden["head"].T
-    assert_close(logits, golden["logits"], "float32 oracle")
 
 
 def test_attention_width():

@@ -1,7 +1,6 @@
-"""The decoder: equal to transformers' Mamba, states in and out, stacking, and what it refuses."""
+"""The decoder: states in and out, stacking, and what it refuses. (Equal to models of others: tests/pretrained.)"""
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from lcr.models.decoder import hands_on
 from ml_collections import ConfigDict
 from pallas_kernels.tolerances import assert_close
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "mamba_transformers.npz"
 SMALL = {"vocab_size": 31, "d_model": 16, "mixers": ("mamba", "mamba")}
 
 
@@ -29,46 +27,6 @@ def tokens():
 @nnx.jit
 def run(model, *args, **options):
     return model(*args, **options)
-
-
-def transformers_mamba():
-    """The golden model in ours: each of its weights by name, transposed where its linear layers are [out, in]."""
-    arrays = dict(np.load(GOLDEN))
-    model = lcr.make_model(
-        {"vocab_size": 139, "d_model": 52, "mixers": ("mamba",) * 3, "d_ff": 0,
-         "mixer_options": {"mamba": {"state_size": 11, "dt_rank": 5}}},
-        rngs=nnx.Rngs(0),
-    )  # fmt: skip
-
-    def stacked(name):
-        return np.stack([arrays.pop(f"backbone.layers.{i}.{name}") for i in range(3)])
-
-    block = model.groups.blocks[0]
-    block.mixer_norm.scale[...] = stacked("norm.weight")
-    for name in ("in_proj", "x_proj", "out_proj"):
-        getattr(block.mixer, name).kernel[...] = stacked(f"mixer.{name}.weight").swapaxes(1, 2)
-    block.mixer.conv.weight[...] = stacked("mixer.conv1d.weight")[:, :, 0, ::-1].swapaxes(1, 2)
-    block.mixer.conv.bias[...] = stacked("mixer.conv1d.bias")
-    block.mixer.dt_kernel[...] = stacked("mixer.dt_proj.weight").swapaxes(1, 2)
-    block.mixer.dt_bias[...] = stacked("mixer.dt_proj.bias")
-    block.mixer.A_log[...] = stacked("mixer.A_log")
-    block.mixer.D[...] = stacked("mixer.D")
-    model.embedding[...] = arrays.pop("backbone.embeddings.weight")
-    model.final_norm.scale[...] = arrays.pop("backbone.norm_f.weight")
-    ids, at, expected = (arrays.pop(name) for name in ("input_ids", "at", "logits"))
-    assert not arrays, f"weights without a place: {sorted(arrays)}"
-    return model, ids.astype(np.int32), at, expected
-
-
-def test_equals_the_mamba_of_transformers():
-    model, ids, at, expected = transformers_mamba()
-    logits, _ = run(model, ids)
-    assert_close(np.asarray(logits)[:, at], expected, "float32 oracle")
-    states, outputs = model.init_states(len(ids), 67), []
-    for start, end in ((0, 33), (33, 34), (34, 67)):
-        part, states = run(model, ids[:, start:end], states)
-        outputs.append(part)
-    assert_close(np.concatenate(outputs, axis=1)[:, at], expected, "float32 oracle")
 
 
 def test_logits_at_chosen_positions():

@@ -1,7 +1,6 @@
 """Killed at any moment and started again, a run gives the loss curve of one that was left alone, bit for bit."""
 
 import os
-import random
 import re
 import signal
 import subprocess
@@ -9,16 +8,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from lcr.training.metrics import read_rows
 from lcr.training.run import load_run
 from lcr.training.step import parameter_values
+from lcr.training.trainer import train
 
-from tests.compiling import UNOPTIMIZED
+from experiments.configs.passkey import get_config
 from pallas_kernels.tolerances import assert_close
-from tests.training.toy import CACHE_SETTINGS
+from tests.compiling import UNOPTIMIZED
+from tests.training.toy import CACHE_SETTINGS, compiled_programs_kept_in
 
-STEPS = 120
+STEPS = 60
 VALUES = {
     "model.d_model": 16,
     "model.mixers": ("mha",),
@@ -61,10 +61,9 @@ class Session:
                 return
         raise AssertionError(f"ended before step {step}:\n" + "".join(self.lines))
 
-    def end(self, kill=False):
-        """Kills it or lets it end; returns the exit code and all that was said."""
-        if kill:
-            self.process.kill()
+    def end(self):
+        """Kills it; returns the exit code and all that was said."""
+        self.process.kill()
         self.lines += self.process.stderr
         self.process.stderr.close()
         return self.process.wait(), "".join(self.lines)
@@ -75,31 +74,31 @@ def curve(workdir):
     return [{key: row[key] for key in row if key not in ("tokens_per_second", "seconds")} for row in rows]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+def train_here(workdir, compiled):
+    """The same in this process."""
+    config = get_config("mha")
+    config.update_from_flattened_dict(VALUES)
+    with compiled_programs_kept_in(compiled):
+        train(config, workdir, progress=False)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, compiled):
-    workdir = tmp_path_factory.mktemp("whole")
-    code, said = Session(workdir, compiled).end()
-    assert code == 0, said
-    return workdir
-
-
-def test_five_kills_leave_the_curve_bit_for_bit(whole, compiled, tmp_path):
-    moments = sorted(random.Random(20).sample(range(5, STEPS - 30), 5))
-    for moment in moments:
-        session = Session(tmp_path, compiled)
+def test_kills_leave_the_curve_bit_for_bit(tmp_path, caplog):
+    """Before there is a checkpoint, just after one (or while it is written), and half way to the next. What is not to
+    be killed runs in this process, where all is imported already."""
+    killed, whole, compiled = tmp_path / "killed", tmp_path / "whole", tmp_path / "compiled"
+    for moment in (5, 23, 38):
+        session = Session(killed, compiled)
         session.read_until(moment)
-        code, said = session.end(kill=True)
+        code, said = session.end()
         assert code == -signal.SIGKILL, said
-        assert moment <= read_rows(tmp_path / "metrics.jsonl")[-1]["step"] < STEPS
+        assert moment <= read_rows(killed / "metrics.jsonl")[-1]["step"] < STEPS
 
-    code, said = Session(tmp_path, compiled).end()
-    assert code == 0 and "going on from checkpoint" in said, said
-    assert curve(tmp_path) == curve(whole)
-    assert [row["step"] for row in curve(tmp_path)] == list(range(1, STEPS + 1))
-    assert all(np.isfinite(row["loss"]) for row in curve(tmp_path))
-    assert_close(parameter_values(load_run(tmp_path).model), parameter_values(load_run(whole).model), "exact")
+    with caplog.at_level("INFO", "lcr.training"):
+        train_here(whole, compiled)
+        assert "going on from checkpoint" not in caplog.text
+        train_here(killed, compiled)
+        assert "going on from checkpoint" in caplog.text
+    assert curve(killed) == curve(whole)
+    assert [row["step"] for row in curve(killed)] == list(range(1, STEPS + 1))
+    assert all(np.isfinite(row["loss"]) for row in curve(killed))
+    assert_close(parameter_values(load_run(killed).model), parameter_values(load_run(whole).model), "exact")
