@@ -27,8 +27,8 @@ def evaluated(function: Callable) -> Callable:
     """As `jax.jit(function)`, but that it is traced in each call, and that its results are NumPy arrays."""
 
     @functools.wraps(function)
-    def run(*args):
-        return traced(function, *args)()
+    def run(*args, **kwargs):
+        return traced(lambda args, kwargs: function(*args, **kwargs), args, kwargs)()
 
     return run
 
