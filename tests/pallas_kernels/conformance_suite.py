@@ -13,6 +13,7 @@ def conformance_tests(suite: Suite) -> type:
     class Tests:
         implementation: str
         program = staticmethod(compiled)  # of a simulated kernel: `traced`
+        run_by_program = frozenset(suite.cases)  # the others are evaluated
         dtypes = (jnp.float32,)
         refused: frozenset[str] = frozenset()  # cases that it does not support, and has to say so
         run_twice = frozenset(suite.cases)  # a simulated device is slow, so there these are a few
@@ -30,11 +31,10 @@ def conformance_tests(suite: Suite) -> type:
                         with pytest.raises(ValueError, match=f"implementation='{self.implementation}'"):
                             suite.prepare(case, self.implementation, dtype)()
                         continue
-                    errors = suite.errors(
-                        case, self.implementation, dtype, twice=name in self.run_twice, program=self.program,
-                        reference=traced,
-                    )  # fmt: skip
-                    assert_within(errors)
+                    twice, program = name in self.run_twice, self.program if name in self.run_by_program else traced
+                    assert_within(
+                        suite.errors(case, self.implementation, dtype, twice=twice, program=program, reference=traced)
+                    )
 
     return Tests
 
