@@ -66,7 +66,7 @@ def with_gradients(inputs, ids, cotangents, implementation):
 
 
 def outputs_and_gradients(*case):
-    """Evaluated: a gradient of the chunked form takes 5 s to compile, which the op's suite does for each kind of call."""
+    """Evaluated: a gradient of the chunked form takes 5 s to compile, which its suite does for each kind of call."""
     *case, implementation = case
     return evaluated(functools.partial(with_gradients, implementation=implementation))(*case)
 
