@@ -16,8 +16,10 @@ class TestMosaicGPU(AttentionSuite):
     run_twice = frozenset({"ragged, grouped", "packed, window", "decode"})
 
     @pytest.fixture(autouse=True)
-    def split_small_caches(self, monkeypatch):
+    def small_chip(self, monkeypatch):
+        """Small caches are split, and two tiles are in flight: a third one is filled into the place of the first."""
         monkeypatch.setattr(mosaic_gpu, "LEAST", 2)
+        monkeypatch.setattr(mosaic_gpu, "_stages", lambda own, each: 2)
 
     def device(self):
         return devices.interpreting("gpu", detect_races=True)
