@@ -17,6 +17,13 @@ from jaxtyping import Array
 from pallas_kernels.tolerances import error
 
 Call = Callable[[dict[str, Array], Array | None, str], tuple[Array, Array]]
+# Of a function and arguments: what runs it, as often as it is called. The tests have one that does not compile.
+Program = Callable[..., Callable[[], Any]]
+_jitted = functools.cache(jax.jit)
+
+
+def compiled(function: Callable, *args: Any) -> Callable[[], Any]:
+    return functools.partial(_jitted(function), *args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +36,10 @@ class Suite:
     exact: frozenset[str]
     call: Call
 
-    def compute(self, case: Any, implementation: str, dtype: Any, rounded: Any = None) -> dict[str, np.ndarray]:
-        """o, the final state, and the gradient of every input, for random cotangents of both.
+    def prepare(
+        self, case: Any, implementation: str, dtype: Any, rounded: Any = None, program: Program = compiled
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """What computes o, the final state, and the gradient of every input, for random cotangents of both.
 
         rounded: a dtype to which the inputs are rounded before they get theirs.
         """
@@ -41,13 +50,17 @@ class Suite:
             for name, a in inputs.items()
         }
         ids = None if ids is None else jnp.asarray(ids, jnp.int32)
-        (o, state), gradients = _program(self.call, implementation)(floats, ids)
-        half = jnp.dtype(dtype)
-        assert (o.dtype, state.dtype) == (half, jnp.float32), f"o {o.dtype}, state {state.dtype}"
-        for name, gradient in gradients.items():
-            assert gradient.dtype == floats[name].dtype, f"d{name}: {gradient.dtype} for {floats[name].dtype}"
-        results = {"o": o, "state": state, **{f"d{name}": a for name, a in gradients.items()}}
-        return {name: np.asarray(a.astype(jnp.float32)) for name, a in results.items()}
+        run = program(_both(self.call, implementation), floats, ids)
+
+        def compute():
+            (o, state), gradients = run()
+            assert (o.dtype, state.dtype) == (jnp.dtype(dtype), jnp.float32), f"o {o.dtype}, state {state.dtype}"
+            for name, gradient in gradients.items():
+                assert gradient.dtype == floats[name].dtype, f"d{name}: {gradient.dtype} for {floats[name].dtype}"
+            results = {"o": o, "state": state, **{f"d{name}": a for name, a in gradients.items()}}
+            return {name: np.asarray(a.astype(jnp.float32)) for name, a in results.items()}
+
+        return compute
 
     def errors(
         self,
@@ -56,18 +69,21 @@ class Suite:
         dtype: Any,
         poison: Callable[[], None] = lambda: None,
         twice: bool = True,
+        program: Program = compiled,
+        reference: Program = compiled,
     ) -> Iterator[tuple[str, float, str]]:
         """Of every result its name, its error, and the kind of tolerance that it has to be within.
 
         poison: is called before each run, to fill memory with NaN. twice: whether the results of a second run have to be
-        the same bits.
+        the same bits. program, reference: how the implementation and the reference are run.
         """
         kind = "bfloat16" if np.dtype(dtype).itemsize < 4 else "float32"
-        want = self.compute(case, "reference", jnp.float32, rounded=dtype)
+        want = self.prepare(case, "reference", jnp.float32, rounded=dtype, program=reference)()
+        run = self.prepare(case, implementation, dtype, program=program)
         poison()
-        found = self.compute(case, implementation, dtype)
+        found = run()
         poison()
-        again = self.compute(case, implementation, dtype) if twice else found
+        again = run() if twice else found
         for name, expected in want.items():
             yield name, error(found[name], expected), kind + " gradient" * name.startswith("d")
             if twice:
@@ -75,8 +91,7 @@ class Suite:
 
 
 @functools.cache
-def _program(call: Call, implementation: str):
-    @jax.jit
+def _both(call: Call, implementation: str):
     def both(floats, ids):
         results, pullback = jax.vjp(lambda floats: call(floats, ids, implementation), floats)
         rng = np.random.default_rng(1)

@@ -6,6 +6,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # How many threads XLA's CPU client has. JAX's GPU interpreter runs each warpgroup of a block on one, where it blocks at
 # barriers: with two threads, on a machine of two cores, a kernel of three warpgroups waits forever.
 os.environ.setdefault("NPROC", "16")
+# NumPy's matrix products here are small: on a busy machine a second thread is waited for ten times as long as the
+# product takes. Of effect in the workers, which are started after this.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Where kernels are compiled for TPUs that are not there: by all workers at once, with no question to a cloud.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

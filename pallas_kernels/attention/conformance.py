@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from pallas_kernels.attention import api
 from pallas_kernels.attention.shapes import Shape
+from pallas_kernels.conformance import Program, compiled
 from pallas_kernels.tolerances import error
 
 
@@ -99,14 +100,13 @@ def _ring(rng, shape):
 
 
 @functools.cache
-def _program(implementation: str, static: tuple, with_logsumexp: bool):
+def _both(implementation: str, static: tuple, with_logsumexp: bool):
     def forward(floats, index):
         q, k, v = (*floats, None)[:3]
         options = {**index, **dict(static), "return_logsumexp": with_logsumexp, "implementation": implementation}
         results = api.attention(q, k, v, **options)
         return results if with_logsumexp else (results,)
 
-    @jax.jit
     def both(floats, index, cotangents):
         results, pullback = jax.vjp(lambda floats: forward(floats, index), floats)
         return results, pullback(cotangents)[0]
@@ -118,10 +118,11 @@ def gives_logsumexp(implementation: str) -> bool:
     return getattr(api.IMPLEMENTATIONS.get(implementation), "GIVES_LOGSUMEXP", True)
 
 
-def compute(
-    case: Case, implementation: str, dtype: Any, exact: bool = False, seed: int = 0, with_logsumexp: bool = True
-) -> dict[str, np.ndarray]:
-    """o, the log-sum-exp (0 where it is -inf) and where it is, if it is asked for; dq, dk and dv, of both.
+def prepare(
+    case: Case, implementation: str, dtype: Any, exact: bool = False, seed: int = 0, with_logsumexp: bool = True,
+    program: Program = compiled,
+) -> Callable[[], dict[str, np.ndarray]]:
+    """What computes o, the log-sum-exp (0 where it is -inf) and where it is, if it is asked for; dq, dk, dv of both.
 
     exact: the same numbers, in float32.
     """
@@ -132,34 +133,41 @@ def compute(
     shape = (*case.shape.q[:3], case.shape.v[3])
     cotangents = jnp.asarray(rng.standard_normal(shape), dtype).astype(floats[0].dtype)
     of_sums = jnp.asarray(rng.standard_normal(shape[:3]), jnp.float32)
-    run = _program(implementation, tuple(sorted(static.items())), with_logsumexp)
-    (o, *logsumexp), gradients = run(floats, index, (cotangents, of_sums) if with_logsumexp else (cotangents,))
-    dtypes = [o.dtype, *(a.dtype for a in logsumexp)]
-    assert dtypes == [floats[0].dtype, jnp.float32][: len(dtypes)], dtypes
-    named = {"o": o}
-    for a in logsumexp:
-        named |= {"unseen": jnp.isneginf(a), "logsumexp": jnp.where(jnp.isneginf(a), 0, a)}
-    named |= {f"d{name}": gradient for name, gradient in zip("qkv", gradients, strict=False)}
-    return {name: np.asarray(a, np.float32) for name, a in named.items()}
+    both = _both(implementation, tuple(sorted(static.items())), with_logsumexp)
+    run = program(both, floats, index, (cotangents, of_sums) if with_logsumexp else (cotangents,))
+
+    def compute():
+        (o, *logsumexp), gradients = run()
+        dtypes = [o.dtype, *(a.dtype for a in logsumexp)]
+        assert dtypes == [floats[0].dtype, jnp.float32][: len(dtypes)], dtypes
+        named = {"o": o}
+        for a in logsumexp:
+            unseen = np.isneginf(a)
+            named |= {"unseen": unseen, "logsumexp": np.where(unseen, 0, a)}
+        named |= {f"d{name}": gradient for name, gradient in zip("qkv", gradients, strict=False)}
+        return {name: np.asarray(a, np.float32) for name, a in named.items()}
+
+    return compute
 
 
 def errors(
     case: Case, implementation: str, dtype: Any, seed: int = 0, poison: Callable[[], None] = lambda: None,
-    twice: bool = True,
+    twice: bool = True, program: Program = compiled, reference: Program = compiled,
 ) -> Iterator[tuple[str, float, str]]:
     """`(what, error, kind of tolerance)` of every result against the reference in float32 on the same numbers.
 
     poison: called before each run, to fill memory with what no result may show. twice: whether the results of a second
-    run have to be the same bits.
+    run have to be the same bits. program, reference: how the implementation and the reference are run.
     """
     half = np.dtype(dtype).itemsize < 4
     kind = "bfloat16" if half else "float32"
     options = {"seed": seed, "with_logsumexp": gives_logsumexp(implementation)}
-    want = compute(case, "reference", dtype, exact=True, **options)
+    want = prepare(case, "reference", dtype, exact=True, program=reference, **options)()
+    run = prepare(case, implementation, dtype, program=program, **options)
     poison()
-    found = compute(case, implementation, dtype, **options)
+    found = run()
     poison()
-    again = compute(case, implementation, dtype, **options) if twice else found
+    again = run() if twice else found
     for name, expected in want.items():
         gradient = " gradient" if name.startswith("d") else ""
         yield name, error(found[name], expected), "exact" if name == "unseen" else kind + gradient

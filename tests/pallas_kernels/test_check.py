@@ -166,7 +166,7 @@ def test_a_wrong_implementation_is_told_on_the_device(monkeypatch, capsys):
     monkeypatch.setattr(device, "OPS", {"attention": quick})
     monkeypatch.setattr(device, "DTYPES", {"cpu": ("float32",)})
     monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS | {"wrong": Wrong})
-    conformance._program.cache_clear()
+    conformance._both.cache_clear()
     assert device.run(["attention"], quick=True) == 1
     printed = capsys.readouterr().out
     assert "1 right, 1 wrong" in printed and "| attention | wrong | float32 | one tile | o 5.0e-01 WRONG" in printed

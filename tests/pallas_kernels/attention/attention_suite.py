@@ -4,17 +4,22 @@ import contextlib
 
 import jax.numpy as jnp
 import pytest
+from numpy_programs import traced
 from pallas_kernels.attention import conformance
+from pallas_kernels.conformance import compiled
 from pallas_kernels.tolerances import TOLERANCE
 
 
-def assert_conforms(case, implementation, dtype, twice=True):
-    for what, error, kind in conformance.errors(case, implementation, dtype, twice=twice):
+def assert_conforms(case, implementation, dtype, program, twice=False):
+    for what, error, kind in conformance.errors(
+        case, implementation, dtype, twice=twice, program=program, reference=traced
+    ):
         assert error <= TOLERANCE[kind], f"{what}: error {error:.2e} above {TOLERANCE[kind]:.0e} ({kind})"
 
 
 class AttentionSuite:
     implementation: str
+    program = staticmethod(compiled)  # of a simulated kernel: `traced`
     dtypes = (jnp.float32,)
     refused: frozenset[str] = frozenset()  # cases that it does not support, and has to say so
     run_twice = frozenset(conformance.CASES)  # a simulated device is slow, so there these are a few
@@ -30,6 +35,6 @@ class AttentionSuite:
             for dtype in self.dtypes:
                 if name in self.refused:
                     with pytest.raises(ValueError, match=f"implementation='{self.implementation}'"):
-                        conformance.compute(case, self.implementation, dtype)
+                        conformance.prepare(case, self.implementation, dtype)()
                     continue
-                assert_conforms(case, self.implementation, dtype, twice=name in self.run_twice)
+                assert_conforms(case, self.implementation, dtype, self.program, twice=name in self.run_twice)

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 from conformance_suite import conformance_tests
+from numpy_programs import traced
 from pallas_kernels import devices
 from pallas_kernels.delta_rule import conformance, delta_rule
 from pallas_kernels.delta_rule.conformance import Case
@@ -29,6 +30,7 @@ CASES = {
 
 class TestMosaicGPU(conformance_tests(dataclasses.replace(conformance.SUITE, cases=CASES))):
     implementation = "mosaic_gpu"
+    program = staticmethod(traced)
     dtypes = (jnp.bfloat16,)
     run_twice = frozenset()
 

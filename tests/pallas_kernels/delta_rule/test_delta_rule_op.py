@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import OPTIMIZED
+from numpy_programs import evaluated
 from pallas_kernels import dispatch
 from pallas_kernels.delta_rule import api, delta_rule
 from pallas_kernels.delta_rule.blocks import solve, unit_inverse
@@ -64,7 +65,13 @@ def with_gradients(inputs, ids, cotangents, implementation):
     return outputs, pullback(cotangents)[0]
 
 
-outputs_and_gradients = jax.jit(with_gradients, static_argnames="implementation")
+def outputs_and_gradients(*case):
+    """Evaluated: a gradient of the chunked form takes 5 s to compile, which its suite does for each kind of call."""
+    *case, implementation = case
+    return evaluated(functools.partial(with_gradients, implementation=implementation))(*case)
+
+
+compiled = jax.jit(with_gradients, static_argnames="implementation")
 fast_outputs_and_gradients = jax.jit(with_gradients, static_argnames="implementation", compiler_options=OPTIMIZED)
 
 
@@ -90,12 +97,14 @@ def test_documents_alone_give_what_they_give_packed():
     ids = np.zeros((1, 100), np.int32)
     ids[0, 5:41], ids[0, 47:60], ids[0, 60:97] = 1, 1, 2
     tokens = [np.asarray(inputs[name]) for name in NAMES]
-    run = jax.jit(delta_rule, static_argnames="implementation")
-    packed, state = run(*tokens, segment_ids=ids, implementation="chunked")
+    chunked, token_by_token = (
+        evaluated(functools.partial(delta_rule, implementation=name)) for name in ("chunked", "reference")
+    )
+    packed, state = chunked(*tokens, segment_ids=ids)
     packed = np.asarray(packed)
     for document in (1, 2):
         at = np.flatnonzero(ids[0] == document)
-        alone, alone_state = run(*[x[:, at] for x in tokens], implementation="reference")
+        alone, alone_state = token_by_token(*[x[:, at] for x in tokens])
         assert_close(packed[:, at], alone, "float32")
     assert_close(state, alone_state, "float32")
     assert not packed[ids == 0].any()
@@ -125,12 +134,12 @@ def test_oracle(name, implementation):
         arguments, scale = conversions(inputs)
         return delta_rule(*arguments, initial_state=inputs["h0"], scale=scale, implementation=implementation)
 
-    @jax.jit
     def with_pullback(inputs, cotangents):
         outputs, pullback = jax.vjp(run, inputs)
         return outputs, pullback(cotangents)[0]
 
-    outputs, gradients = with_pullback(inputs, (golden["do"], golden["dfinal_state"]))
+    program = evaluated if implementation == "chunked" else jax.jit
+    outputs, gradients = program(with_pullback)(inputs, (golden["do"], golden["dfinal_state"]))
     assert_close(outputs, (golden["o"], golden["final_state"]), "float32 oracle")
     assert {"k", "v", "h0"} < set(gradients)
     assert_close(gradients, {key: golden[f"d{key}"] for key in inputs}, "float32 oracle")
@@ -227,8 +236,8 @@ def test_vmap_scan_and_remat():
         body = jax.vmap(jax.checkpoint(gradient))
         return jax.lax.scan(lambda carry, row: (carry, body(*row)), 0, rows)[1]
 
-    found = jax.jit(row_by_row)(*arguments, weights)
-    expected = jax.jit(gradient)(*arguments, weights)
+    found = evaluated(row_by_row)(*arguments, weights)
+    expected = evaluated(gradient)(*arguments, weights)
     assert_close(tuple(x[:, 0, 0] for x in found), expected, "float32 gradient")
 
 
@@ -238,8 +247,8 @@ def test_memory_is_linear_in_length():
     B, T, H, K, V, _ = shape = Shape(B=1, T=65_536, H=2, K=32, V=32, decay="vector")
     inputs = jax.eval_shape(lambda: make(shape)[0])
     cotangents = (jax.ShapeDtypeStruct((B, T, H, V), jnp.float32), jax.ShapeDtypeStruct((B, H, K, V), jnp.float32))
-    compiled = outputs_and_gradients.lower(inputs, None, cotangents, "chunked").compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 5 * sum(x.size * 4 for x in inputs.values())
+    program = compiled.lower(inputs, None, cotangents, "chunked").compile()
+    assert program.memory_analysis().temp_size_in_bytes < 5 * sum(x.size * 4 for x in inputs.values())
 
 
 def test_one_token_is_a_direct_step():
@@ -251,8 +260,9 @@ def test_one_token_is_a_direct_step():
 
     positional = [inputs[name] for name in NAMES]
     assert "scan" not in str(jax.make_jaxpr(run)(*positional))
-    expected = delta_rule(*positional, initial_state=state, segment_ids=ids, implementation="reference")
-    assert_close(run(*positional), expected, "float32")
+    step = functools.partial(delta_rule, implementation="reference")
+    expected = evaluated(lambda *args: step(*args, initial_state=state, segment_ids=ids))(*positional)
+    assert_close(jax.jit(run)(*positional), expected, "float32")
 
 
 def test_default_follows_the_device():
@@ -265,7 +275,7 @@ def test_the_choice_is_logged_once(caplog):
     dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         for _ in range(2):
-            delta_rule(*[inputs[name] for name in NAMES])
+            jax.eval_shape(lambda inputs: delta_rule(*[inputs[name] for name in NAMES]), inputs)
     assert [record.getMessage() for record in caplog.records] == ["delta_rule: using the 'chunked' implementation"]
 
 

@@ -2,12 +2,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conformance_suite import conformance_tests
+from numpy_programs import traced
 from pallas_kernels import devices
 from pallas_kernels.linear_attention import conformance, linear_attention
 
 
 class TestMosaicGPU(conformance_tests(conformance.SUITE)):
     implementation = "mosaic_gpu"
+    program = staticmethod(traced)
     dtypes = (jnp.bfloat16,)
     refused = frozenset({"small widths", "small widths, channel"})
     run_twice = frozenset({"one token, padded", "groups"})
@@ -19,7 +21,9 @@ class TestMosaicGPU(conformance_tests(conformance.SUITE)):
 def test_conforms_in_float16():
     case = conformance.CASES["one chunk"]
     with devices.interpreting("gpu", detect_races=True):
-        for what, error, _ in conformance.SUITE.errors(case, "mosaic_gpu", jnp.float16, twice=False):
+        for what, error, _ in conformance.SUITE.errors(
+            case, "mosaic_gpu", jnp.float16, twice=False, program=traced, reference=traced
+        ):
             assert error < 4e-3, what
 
 

@@ -6,12 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from conformance_suite import conformance_tests
+from conformance_suite import assert_conforms, conformance_tests
+from numpy_programs import traced
 from pallas_kernels import devices
 from pallas_kernels.selective_scan import mosaic_tpu_tiles, selective_scan
 from pallas_kernels.selective_scan.conformance import SUITE, Case
 from pallas_kernels.selective_scan.shapes import Shape
-from pallas_kernels.tolerances import TOLERANCE
 
 simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
 
@@ -29,6 +29,7 @@ SHORT = dataclasses.replace(SUITE, cases={name: shortened(name, case) for name, 
 
 class TestMosaicTPU(conformance_tests(SHORT)):
     implementation = "mosaic_tpu"
+    program = staticmethod(traced)
     run_twice = frozenset({"one token", "small widths"})
 
     @pytest.fixture(autouse=True)
@@ -44,18 +45,14 @@ class TestMosaicTPU(conformance_tests(SHORT)):
 def test_bfloat16(shape):
     """Of more channels than a register holds, so that two are taken together."""
     with simulated():
-        for what, error, kind in SUITE.errors(Case(shape=shape), "mosaic_tpu", jnp.bfloat16, twice=False):
-            assert error <= TOLERANCE[kind], f"{what}: error {error:.2e} above {TOLERANCE[kind]:.0e} ({kind})"
+        assert_conforms(SUITE, Case(shape=shape), "mosaic_tpu", jnp.bfloat16)
 
 
 def test_parts_of_the_channels(monkeypatch):
     """Two parts, of which the second one ends early: the gradients of B and C are sums over both."""
     monkeypatch.setattr(mosaic_tpu_tiles, "WIDEST", 2048)  # half of it in float32
     with simulated():
-        for what, error, kind in SUITE.errors(
-            Case(shape=Shape(B=1, T=20, D=1100, N=3), packed=True), "mosaic_tpu", jnp.float32, twice=False
-        ):
-            assert error <= TOLERANCE[kind], f"{what}: error {error:.2e} above {TOLERANCE[kind]:.0e} ({kind})"
+        assert_conforms(SUITE, Case(shape=Shape(B=1, T=20, D=1100, N=3), packed=True), "mosaic_tpu", jnp.float32)
 
 
 @pytest.mark.parametrize(
