@@ -184,7 +184,7 @@ def _backward(options, residuals, cotangents):
     *arrays, by_head = _blocks(grid, q, k, v, slopes, cut, options)
 
     def run(arrays, slopes):
-        return tuple(backward(rules, _goes_in_stages(q, options), together, *arrays, slopes))
+        return tuple(backward(rules, _gathers_turned(q, options), together, *arrays, slopes))
 
     plans = mosaic_tpu_pairs.plans(active, together)
     gradients = with_more_rows(run)((plans, *arrays, grid.cut_queries(do), statistics), by_head)
@@ -262,7 +262,12 @@ def _is_light(q, options) -> bool:
 
 
 def _goes_in_stages(q, options) -> bool:
-    """A v6e's matrix units are fast enough to wait for the softmax, else; and wide enough to be half empty."""
+    """Of the forward: a v6e's fast matrix units would wait for the softmax, else."""
+    return _is_v6e() and _is_light(q, options)
+
+
+def _gathers_turned(q, options) -> bool:
+    """Of the backward: a v6e's wide matrix units would be half empty, were channels their columns."""
     return _is_v6e() and _is_light(q, options)
 
 

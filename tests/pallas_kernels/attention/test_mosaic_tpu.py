@@ -40,7 +40,8 @@ class TestMosaicTPU(AttentionSuite):
 @pytest.mark.parametrize("name", ["full", "packed, window", "alibi", "latent prefill"])
 def test_in_stages(name, monkeypatch):
     """As on a v6e: two halves of a tile in turns, in three stages, and dk and dv turned."""
-    monkeypatch.setattr(mosaic_tpu, "_goes_in_stages", lambda q, options: True)
+    for decision in ("_goes_in_stages", "_gathers_turned"):
+        monkeypatch.setattr(mosaic_tpu, decision, lambda q, options: True)
     for sizes in ("IN_STAGES", "IN_STAGES_MASKED_TWICE"):
         monkeypatch.setattr(mosaic_tpu, sizes, (256, 128))
     monkeypatch.setattr(mosaic_tpu, "LEAST_IN_STAGES", 0)
