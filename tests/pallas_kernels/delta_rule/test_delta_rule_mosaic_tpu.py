@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from conformance_suite import conformance_tests
 from pallas_kernels import devices
-from pallas_kernels.delta_rule import conformance, delta_rule
+from pallas_kernels.delta_rule import conformance, delta_rule, mosaic_tpu_scalar, mosaic_tpu_scalar_backward
 from pallas_kernels.delta_rule.shapes import Shape
 from pallas_kernels.tolerances import TOLERANCE
 
@@ -34,6 +34,17 @@ def test_bfloat16(shape, options):
     case = conformance.Case(shape=shape, **options)
     with simulated():
         for what, error, kind in conformance.SUITE.errors(case, "mosaic_tpu", jnp.bfloat16, twice=False):
+            assert error <= TOLERANCE[kind], f"{what}: {error:.2e} ({kind})"
+
+
+def test_values_wider_than_a_block_of_instructions_takes(monkeypatch):
+    """Their units are then counted through, and several blocks belong to one pack."""
+    for module in (mosaic_tpu_scalar, mosaic_tpu_scalar_backward):
+        monkeypatch.setattr(module, "UNITS", 1)
+    monkeypatch.setattr(mosaic_tpu_scalar, "READ_UNITS", 1)
+    case = conformance.Case(shape=Shape(B=1, T=70, H=2, K=128, V=256), gates="slow")
+    with simulated():
+        for what, error, kind in conformance.SUITE.errors(case, "mosaic_tpu", jnp.float32, twice=False):
             assert error <= TOLERANCE[kind], f"{what}: {error:.2e} ({kind})"
 
 
