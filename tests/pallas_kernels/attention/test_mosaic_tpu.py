@@ -49,6 +49,14 @@ def test_in_stages(name, monkeypatch):
         assert_conforms(conformance.CASES[name], "mosaic_tpu", jnp.float32, twice=False)
 
 
+def test_groups_of_heads_that_whole_registers_hold_only_in_large_tiles(monkeypatch):
+    """They are filled up: here 3 to 4, with 128 rows instead of 384."""
+    monkeypatch.setattr(mosaic_tpu, "MOST_ROWS", 256)
+    with simulated():
+        case = conformance.Case(shape=Shape(B=2, T=150, H=6, G=2, K=64), rows="packed", alibi=True)
+        assert_conforms(case, "mosaic_tpu", jnp.float32, twice=False)
+
+
 def test_bfloat16():
     shape = Shape(T=200, S=300, H=4, G=2, K=64, V=128)
     qkv = arrays(shape)
