@@ -9,7 +9,7 @@ from conformance_suite import conformance_tests
 from pallas_kernels import devices
 from pallas_kernels.linear_attention import conformance, linear_attention
 from pallas_kernels.linear_attention.shapes import Shape
-from pallas_kernels.tolerances import TOLERANCE
+from pallas_kernels.tolerances import TOLERANCE, assert_close
 
 simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
 
@@ -42,6 +42,17 @@ def test_several_heads_in_a_tile_of_several_registers(decay):
     with simulated():
         for what, error, kind in conformance.SUITE.errors(case, "mosaic_tpu", jnp.float32, twice=False):
             assert error <= TOLERANCE[kind], f"{what}: {error:.2e} ({kind})"
+
+
+def test_more_sums_of_a_pack_than_a_register_has_lanes():
+    """Each of them is a lane: two of a head, whose log decays are summed up in two parts. (Forward, as it takes long.)"""
+    case = conformance.Case(shape=Shape(B=1, T=100, H=72, K=128, V=16, decay="token", G=1))
+    floats, _ = conformance.SUITE.inputs(case)
+    floats = {name: jnp.asarray(x, jnp.float32) for name, x in floats.items()}
+    expected = jax.jit(lambda floats: linear_attention(**floats, implementation="reference"))(floats)
+    with simulated():
+        found = jax.jit(lambda floats: linear_attention(**floats, implementation="mosaic_tpu"))(floats)
+    assert_close(list(found), list(expected), "float32")
 
 
 def test_says_what_it_does_not_support():
