@@ -109,8 +109,8 @@ def unfit(pack: Pack) -> str | None:
     if pack.heads == 1 or pack.shared or size <= MOST:
         return None
     return (
-        f"by Mosaic TPU works on heads together until they fill whole registers, here on {pack.heads} of {pack.key} keys "
-        f"and {pack.value} values, with a state of {size} numbers, more than {MOST}"
+        f"by Mosaic TPU works on heads together until they fill whole registers, here on {pack.heads} of {pack.key} "
+        f"keys and {pack.value} values, with a state of {size} numbers, more than {MOST}"
     )
 
 

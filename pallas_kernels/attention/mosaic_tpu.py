@@ -260,8 +260,8 @@ def _grid(q, k, options, backward):
 
 
 def _together(tiles: int, keys: int, width: int, itemsize: int) -> int:
-    """How many tiles of keys make an outer tile of the backward: a power of two, such that fast memory holds them, where
-    narrow ones take whole lines of lanes.
+    """How many tiles of keys make an outer tile of the backward: a power of two, such that fast memory holds them,
+    where narrow ones take whole lines of lanes.
 
     What begins and ends one takes as long as two or three pairs of tiles, and dq is read and written once for each.
     """

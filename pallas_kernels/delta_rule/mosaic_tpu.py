@@ -25,7 +25,7 @@ from pallas_kernels.mosaic_tpu_step import step
 
 CHUNK = 64  # two of them fill the lanes
 AT_ONCE = 8  # heads that one step of the grid works on at most, so that they need not wait for their products
-STATES = 8 * 256 * 512 * 2  # bytes of their states in the inputs' dtype, at most; in all a step takes some ten times that
+STATES = 8 * 256 * 512 * 2  # bytes of their states in the inputs' dtype, at most; a step takes some ten times that
 
 
 def supports(q, k, v, a, b, log_decay, initial_state, segment_ids, scale) -> str | None:

@@ -12,8 +12,8 @@ of float32 numbers. Two or three sets are worked on at once, as one alone would 
 inside a grid.
 
 A set keeps of its blocks on the diagonal only these, below one another in as many rows as one of them has: blocks of 8
-are one register, and a few operations on it invert them all. Then by halves, as `blocks.unit_inverse`: of blocks twice as
-long, [[X, 0], [Y M X, Y]], where M is what lies below the diagonal between the halves.
+are one register, and a few operations on it invert them all. Then by halves, as `blocks.unit_inverse`: of blocks twice
+as long, [[X, 0], [Y M X, Y]], where M is what lies below the diagonal between the halves.
 """
 
 import jax

@@ -45,7 +45,7 @@ def test_several_heads_in_a_tile_of_several_registers(decay):
 
 
 def test_more_sums_of_a_pack_than_a_register_has_lanes():
-    """Each of them is a lane: two of a head, whose log decays are summed up in two parts. (Forward, as it takes long.)"""
+    """Each of them is a lane: two of a head, whose log decays are summed up in two parts. (Forward: it takes long.)"""
     case = conformance.Case(shape=Shape(B=1, T=100, H=72, K=128, V=16, decay="token", G=1))
     floats, _ = conformance.SUITE.inputs(case)
     floats = {name: jnp.asarray(x, jnp.float32) for name, x in floats.items()}
