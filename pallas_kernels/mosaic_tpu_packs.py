@@ -15,6 +15,7 @@ from pallas_kernels.mosaic_tpu_chunks import LANES
 
 
 UNIT = 256
+MOST = 2**21  # numbers in the state of a pack of several heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,18 @@ def narrow_pack(heads: int, key: int, value: int) -> Pack:
         if heads % count == 0 and count * key % LANES == 0 and count * value % LANES == 0:
             return Pack(count, key, value)
     return Pack(heads, key, value)
+
+
+def unfit(pack: Pack) -> str | None:
+    """None, or why a pack is no fit: the state of many heads is nearly all 0, and compiling what is done for each of
+    them in all of its lanes takes minutes."""
+    size = pack.keys * pack.values
+    if pack.heads == 1 or pack.shared or size <= MOST:
+        return None
+    return (
+        f"by Mosaic TPU works on heads together until they fill whole registers, here on {pack.heads} of {pack.key} "
+        f"keys and {pack.value} values, with a state of {size} numbers, more than {MOST}"
+    )
 
 
 def _lane(x):

@@ -35,7 +35,8 @@ def evaluated(function: Callable) -> Callable:
 
 def traced(function: Callable, *args: Any) -> Callable[[], Any]:
     """The evaluation of function(*args), traced once: each call of it evaluates anew."""
-    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    # A function of its own: JAX would remember the trace of one that it knows, made before a test changed a constant.
+    jaxpr, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
     if any(isinstance(effect, core.InternalMutableArrayEffect) for effect in jaxpr.effects):
         jaxpr = discharge_state(jaxpr)  # arrays that kernels write in place
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(args)]

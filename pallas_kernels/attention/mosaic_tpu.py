@@ -8,6 +8,7 @@ read once for all of them; a decoding call is one outer tile whose rows are head
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -40,6 +41,10 @@ OUTER = 4096 * LANES  # numbers in the keys of an outer tile of the backward, at
 LEAST_IN_STAGES = 256  # rows: with no more, filling and draining the stages takes as long as it spares
 
 MOST_ROWS_DECODING = 128  # queries x heads
+
+# Of the least tile of a group of heads, which is of whole tokens and whole registers of lanes: a group of 71 would have
+# 9,088. Larger groups get heads of zeros (71: nine, then a tile has 640).
+MOST_ROWS = 1024
 
 FAR = 2**30  # a position that no query reaches
 
@@ -81,6 +86,7 @@ def supports(q, k, v, slopes, index, options: Options) -> str | None:
     if q.dtype not in ("bfloat16", "float32") or k.dtype != q.dtype:
         return f"by Mosaic TPU is for bfloat16 or float32 throughout, and q is {q.dtype}, k {k.dtype}"
     if options.block_size is not None:
+        q = jax.eval_shape(functools.partial(_fill_groups, kv_heads=k.shape[2]), q)
         grids = [_grid(q, k, options, backward) for backward in (False, True)]
         if options.block_size[1] % LANES or any(grid.tokens * grid.group % LANES for grid in grids):
             return (
@@ -99,7 +105,25 @@ def run(
     options: Options,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """See `api.attention`. Differentiable once, in reverse, in q, k and v, through both results."""
-    return _attend(options, q, k, v, slopes, index)
+    (*shape, heads, _), kv_heads = q.shape, k.shape[2]
+    if slopes is not None:
+        slopes = _fill_groups(slopes[:, None], kv_heads)[:, 0]
+    results = _attend(options, _fill_groups(q, kv_heads), k, v, slopes, index)
+    results = (x.reshape(*shape, kv_heads, -1, *x.shape[3:])[:, :, :, : heads // kv_heads] for x in results)
+    o, logsumexp = (x.reshape(*shape, heads, *x.shape[4:]) for x in results)
+    return o, logsumexp
+
+
+def _fill_groups(x, kv_heads: int):
+    """`[.., H, K]` with heads of zeros after those of each key-value head, where their number makes too large tiles."""
+    *shape, heads, width = x.shape
+    group = heads // kv_heads
+    whole = next(n for n in itertools.count(group) if math.lcm(n, LANES) <= max(MOST_ROWS, n))
+    if whole == group:
+        return x
+    x = x.reshape(*shape, kv_heads, group, width)
+    x = jnp.pad(x, [(0, 0)] * (len(shape) + 1) + [(0, whole - group), (0, 0)])
+    return x.reshape(*shape, kv_heads * whole, width)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -184,7 +208,7 @@ def _backward(options, residuals, cotangents):
     *arrays, by_head = _blocks(grid, q, k, v, slopes, cut, options)
 
     def run(arrays, slopes):
-        return tuple(backward(rules, _goes_in_stages(q, options), together, *arrays, slopes))
+        return tuple(backward(rules, _gathers_turned(q, options), together, *arrays, slopes))
 
     plans = mosaic_tpu_pairs.plans(active, together)
     gradients = with_more_rows(run)((plans, *arrays, grid.cut_queries(do), statistics), by_head)
@@ -236,8 +260,8 @@ def _grid(q, k, options, backward):
 
 
 def _together(tiles: int, keys: int, width: int, itemsize: int) -> int:
-    """How many tiles of keys make an outer tile of the backward: a power of two, such that fast memory holds them, where
-    narrow ones take whole lines of lanes.
+    """How many tiles of keys make an outer tile of the backward: a power of two, such that fast memory holds them,
+    where narrow ones take whole lines of lanes.
 
     What begins and ends one takes as long as two or three pairs of tiles, and dq is read and written once for each.
     """
@@ -262,7 +286,12 @@ def _is_light(q, options) -> bool:
 
 
 def _goes_in_stages(q, options) -> bool:
-    """A v6e's matrix units are fast enough to wait for the softmax, else; and wide enough to be half empty."""
+    """Of the forward: a v6e's fast matrix units would wait for the softmax, else."""
+    return _is_v6e() and _is_light(q, options)
+
+
+def _gathers_turned(q, options) -> bool:
+    """Of the backward: a v6e's wide matrix units would be half empty, were channels their columns."""
     return _is_v6e() and _is_light(q, options)
 
 

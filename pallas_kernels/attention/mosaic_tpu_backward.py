@@ -34,6 +34,7 @@ def backward(rules, turned, together, plans, queries, keys, values, query_index,
     """
     batch, kv_heads, tiles, rows, width = queries.shape
     tile, value_width = keys.shape[3], rules.value_width
+    pages = plans.shape[1] // pl.cdiv(keys.shape[2], together)
     plan_row, index_row = row_of(plans, batch), row_of(key_index, batch)
     whole = pl.BlockSpec(memory_space=pltpu.HBM)
     plan_spec = pl.BlockSpec(
@@ -41,7 +42,7 @@ def backward(rules, turned, together, plans, queries, keys, values, query_index,
     )
 
     def of_tiles(*block):
-        return pl.BlockSpec((None, None, together, *block), lambda b, g, j: (b, g, j, 0, 0))
+        return pl.BlockSpec((None, None, together, *block), lambda b, g, j: (b, g, j // pages, 0, 0))
 
     def sums(width):
         return pltpu.VMEM((together, width, tile) if turned else (together, tile, width), jnp.float32)
@@ -57,7 +58,7 @@ def backward(rules, turned, together, plans, queries, keys, values, query_index,
         (plans, plan_spec),
         (keys, of_keys),
         (values, of_values),
-        (key_index, pl.BlockSpec((None, together, 2, tile), lambda b, g, j: (index_row(b), j, 0, 0))),
+        (key_index, pl.BlockSpec((None, together, 2, tile), lambda b, g, j: (index_row(b), j // pages, 0, 0))),
         (slopes, None if slopes is None else pl.BlockSpec((None, 1, rows), lambda b, g, j: (g, 0, 0))),
         (queries, whole),
         (do, whole),
@@ -67,7 +68,7 @@ def backward(rules, turned, together, plans, queries, keys, values, query_index,
     ]  # fmt: skip
     present = sum(array is not None for array, _ in arguments)
     return pl.pallas_call(
-        functools.partial(_kernel, rules, turned),
+        functools.partial(_kernel, rules, turned, pages),
         grid=(batch, kv_heads, plans.shape[1]),
         in_specs=[spec for _, spec in arguments],
         out_specs=[whole, of_keys, of_values],
@@ -100,7 +101,7 @@ def backward(rules, turned, together, plans, queries, keys, values, query_index,
 
 
 def _kernel(
-    rules, turned, plan, keys, values, key_index, slopes, queries, cotangents, statistics, query_index, _,
+    rules, turned, pages, plan, keys, values, key_index, slopes, queries, cotangents, statistics, query_index, _,
     dq, dk_out, dv_out,
     query_buffer, cotangent_buffer, statistic_buffer, index_buffer, arrivals, slot,
     dq_buffer, dq_moves, turned_queries, turned_cotangents, turned_keys, dk, dv, columns, unrounded, weights, dscores,
@@ -116,7 +117,7 @@ def _kernel(
     )
     stream.begin(j == 0)
     together, runs, first_slot = keys.shape[0], stream.visited, slot[0]
-    pairs = Pairs(plan, queries.shape[2], together)
+    pairs = Pairs(plan, together)
 
     def place(run):
         return (first_slot + run) & (SLOTS - 1)
@@ -194,13 +195,21 @@ def _kernel(
         else:
             dv_out[tile] = result(dv[tile])
 
+    def for_each_tile(page, body):
+        """Of keys, with this page."""
+
+        def loop():
+            jax.lax.fori_loop(0, together, body, None)
+
+        loop() if pages == 1 else pl.when(j % pages == page)(loop)
+
     pl.when(runs > 0)(lambda: dq_read(0).start())
-    jax.lax.fori_loop(0, together, prepare, None)
+    for_each_tile(0, prepare)
     pairs.walk(begin, soften, gather)
     for back in (2, 1):
         pl.when(runs >= back)(lambda back=back: dq_write(runs - back).start())
     slot[0] = place(runs)
-    jax.lax.fori_loop(0, together, finish, None)
+    for_each_tile(pages - 1, finish)
     # The next outer tile may begin with a tile of dq that this one has ended with.
     for back in (3, 2, 1):
         pl.when(runs >= back)(lambda back=back: dq_write(runs - back).wait())

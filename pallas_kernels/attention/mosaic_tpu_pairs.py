@@ -3,6 +3,9 @@
 An outer tile is some neighbouring tiles of keys. Its pairs are sorted by the tile of queries, so that each of those
 comes and goes once: the pairs with one tile of queries are a run. A row of `plans` begins as one of
 `mosaic_tpu_stream` does, with runs for tiles and the number of pairs in the first place; the pairs come after them.
+
+Scalar memory holds a row while the next one is brought. Those of a million tokens it may not: so where there are too
+many tiles of queries they fall into pages, and an outer tile has a row for each, one after the other.
 """
 
 from collections.abc import Callable
@@ -17,14 +20,21 @@ from pallas_kernels.attention import mosaic_tpu_stream as stream
 from pallas_kernels.attention.tiles import Order
 
 
-def plans(active: Bool[Array, "B queries keys"], together: int) -> Int[Array, "B outer 1 width"]:
+MOST = 2**16  # numbers in a row of a plan; scalar memory holds 2**18, and of rows two
+
+
+def plans(active: Bool[Array, "B queries keys"], together: int) -> Int[Array, "B rows 1 width"]:
     """active: which tiles of queries see something of which tiles of keys. together: tiles of keys in an outer tile."""
     batch, queries, keys = active.shape
-    active = jnp.pad(active, ((0, 0), (0, 0), (0, -keys % together)))
-    active = active.reshape(batch, queries, -1, together).swapaxes(1, 2)
+    pages = pl.cdiv(queries, (MOST - stream.TILES - 1) // (together + 1))
+    active = jnp.pad(active, ((0, 0), (0, -queries % pages), (0, -keys % together)))
+    active = active.reshape(batch, pages, -1, active.shape[2] // together, together).transpose(0, 3, 1, 2, 4)
+    first = jnp.arange(pages, dtype=jnp.int32) * active.shape[3]
+    first = jnp.tile(first, active.shape[1])[None, :, None]  # of the tiles of queries of each row
+    active = active.reshape(batch, -1, *active.shape[3:])
     inside = active.any(axis=3)
     runs = Order(
-        tiles=jnp.argsort(~inside, axis=2, stable=True).astype(jnp.int32),
+        tiles=jnp.argsort(~inside, axis=2, stable=True).astype(jnp.int32) + first,
         unmasked=active.sum(axis=(2, 3), dtype=jnp.int32),
         visited=inside.sum(axis=2, dtype=jnp.int32),
     )
@@ -37,10 +47,9 @@ def plans(active: Bool[Array, "B queries keys"], together: int) -> Int[Array, "B
 
 
 class Pairs(NamedTuple):
-    """A row of `plans` in scalar memory. queries, together: as there; together is a power of two."""
+    """A row of `plans` in scalar memory. together: as there, a power of two."""
 
     plan: Any
-    queries: int
     together: int
 
     @property
@@ -49,7 +58,8 @@ class Pairs(NamedTuple):
 
     def __getitem__(self, n):
         """The run of the n-th pair, and its tile of keys within the outer tile."""
-        pair = self.plan[0, stream.TILES + self.queries + 1 + n]
+        queries = (self.plan.shape[1] - stream.TILES - 1) // (self.together + 1)
+        pair = self.plan[0, stream.TILES + queries + 1 + n]
         return pair >> (self.together.bit_length() - 1), pair & (self.together - 1)
 
     def walk(

@@ -2,7 +2,8 @@
 
 A grid of Pallas visits all of its steps; which tiles attention visits is known when it runs, and differs for each
 outer tile. So the grid here goes over outer tiles only, and each of them walks through its own list: a row of
-`plans`, brought to scalar memory for that outer tile alone, so that a list of any length fits.
+`plans`, brought to scalar memory for that outer tile alone. That has room for lists of some hundred thousand tiles: a
+million keys are 2,048 in the forward. The backward, whose lists are of pairs of tiles, cuts them (`mosaic_tpu_pairs`).
 """
 
 import functools

@@ -20,12 +20,12 @@ from pallas_kernels.delta_rule.mosaic_tpu_vector import PACKS, Vector
 from pallas_kernels.delta_rule.reference import first_state, mark_documents
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, divisor, scan_chunks
-from pallas_kernels.mosaic_tpu_packs import narrow_pack
+from pallas_kernels.mosaic_tpu_packs import narrow_pack, unfit
 from pallas_kernels.mosaic_tpu_step import step
 
 CHUNK = 64  # two of them fill the lanes
 AT_ONCE = 8  # heads that one step of the grid works on at most, so that they need not wait for their products
-STATES = 8 * 256 * 512 * 2  # bytes of their states in the inputs' dtype, at most; in all a step takes some ten times that
+STATES = 8 * 256 * 512 * 2  # bytes of their states in the inputs' dtype, at most; a step takes some ten times that
 
 
 def supports(q, k, v, a, b, log_decay, initial_state, segment_ids, scale) -> str | None:
@@ -35,7 +35,7 @@ def supports(q, k, v, a, b, log_decay, initial_state, segment_ids, scale) -> str
         return f"by Mosaic TPU needs a TPU, and this is {platform}"
     if q.dtype not in ("bfloat16", "float32"):
         return f"by Mosaic TPU is for bfloat16 or float32, and q is {q.dtype}"
-    return None
+    return None if q.shape[1] == 1 else unfit(narrow_pack(v.shape[2], q.shape[3], v.shape[3]))
 
 
 def run(

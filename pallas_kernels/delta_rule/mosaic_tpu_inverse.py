@@ -12,17 +12,15 @@ of float32 numbers. Two or three sets are worked on at once, as one alone would 
 inside a grid.
 
 A set keeps of its blocks on the diagonal only these, below one another in as many rows as one of them has: blocks of 8
-are one register, and a few operations on it invert them all. Then by halves, as `blocks.unit_inverse`: of blocks twice as
-long, [[X, 0], [Y M X, Y]], where M is what lies below the diagonal between the halves.
+are one register, and a few operations on it invert them all. Then by halves, as `blocks.unit_inverse`: of blocks twice
+as long, [[X, 0], [Y M X, Y]], where M is what lies below the diagonal between the halves.
 """
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
+from pallas_kernels.mosaic_tpu_blocks import SUBLANES, alone
 from pallas_kernels.mosaic_tpu_chunks import LANES, divisor, product
-
-ROWS = 8  # of a register
 
 
 def sets_of(heads: int, length: int) -> tuple[int, int]:
@@ -54,30 +52,26 @@ def _invert(lower, inverse, sets, length, dtype):
         for x, one in zip(found, sets, strict=True):
             inverse[one, : x.shape[0]] = x
 
-    found, size = [_inverses_of_registers(lower[one]) for one in sets], ROWS
+    found, size = [_inverses_of_registers(lower[one]) for one in sets], SUBLANES
     while 2 * size < length or (size < length and len(sets) < 3):
         found = double(found, size)
         size *= 2
     store(found)
     if size < length:
-        # Always so, which the compiler does not know: in a block of instructions of its own there are registers enough
-
-        @pl.when(pl.program_id(0) < pl.num_programs(0))
-        def _():
-            store(double([inverse[one, :size] for one in sets], size))
+        alone(lambda: store(double([inverse[one, :size] for one in sets], size)))  # where there are registers enough
 
 
 def _inverses_of_registers(lower):
     """`[8, n C]`, the inverses of the blocks of 8, column by column of the matrices."""
     length, lanes = lower.shape
-    block = _lane(lanes) & (length - 1) & -ROWS
-    own = jnp.zeros((ROWS, lanes), jnp.float32)
-    for start in range(0, length, ROWS):
-        own = jnp.where(block == start, lower[start : start + ROWS], own)
+    block = _lane(lanes) & (length - 1) & -SUBLANES
+    own = jnp.zeros((SUBLANES, lanes), jnp.float32)
+    for start in range(0, length, SUBLANES):
+        own = jnp.where(block == start, lower[start : start + SUBLANES], own)
     lane = jax.lax.broadcasted_iota(jnp.int32, own.shape, 1)
-    first, column = lane & -ROWS, lane & (ROWS - 1)
+    first, column = lane & -SUBLANES, lane & (SUBLANES - 1)
     x = jnp.where(column == jax.lax.broadcasted_iota(jnp.int32, own.shape, 0), 1.0, 0.0)
-    for k in range(ROWS - 1):
+    for k in range(SUBLANES - 1):
         x = x + jnp.take_along_axis(own, first + k, axis=1, mode="promise_in_bounds") * x[k : k + 1]
     return x
 

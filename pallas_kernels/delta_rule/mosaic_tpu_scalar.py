@@ -16,7 +16,6 @@ from pallas_kernels.delta_rule.mosaic_tpu_stages import (
     by_keys_below,
     heads_of,
     in_units,
-    lanes,
 )
 from pallas_kernels.delta_rule.mosaic_tpu_tables import (
     bind,

@@ -28,9 +28,7 @@ from pallas_kernels.delta_rule.mosaic_tpu_stages import (
     by_keys_below,
     few_packs,
     heads_of,
-    in_blocks,
     in_units,
-    lanes,
 )
 from pallas_kernels.delta_rule.mosaic_tpu_tables import (
     Tables,
@@ -46,6 +44,7 @@ from pallas_kernels.delta_rule.mosaic_tpu_tables import (
     whole_of,
     writing,
 )
+from pallas_kernels.mosaic_tpu_blocks import in_blocks, part
 from pallas_kernels.mosaic_tpu_chunks import LANES, product
 
 
@@ -116,8 +115,8 @@ class _Stages(NamedTuple):
             at = self.at(one, head)
             self.own.scores[at] = self.tables.scores[at].T
             parts = self.tables.inverse.shape[1] // length
-            for part in range(parts):
-                rows = slice(part * length, (part + 1) * length)
+            for n in range(parts):
+                rows = part(n, length)
                 self.own.inverse[at, rows] = self.tables.inverse[at, rows].T
 
     def right(self, unit):
@@ -169,7 +168,7 @@ class _Stages(NamedTuple):
         return jnp.concatenate([self.tokens.v[:, values], self.own.u[:, values]])
 
     def values(self, one):
-        return lanes(one, self.pack.values)
+        return part(one, self.pack.values)
 
     def scores(self, one):
         own, tables = self.own, self.tables
@@ -234,7 +233,7 @@ class _Stages(NamedTuple):
         self.store(one, found, first, second)
 
     def store(self, one, found, first, second):
-        own = lanes(one, self.keys)
+        own = part(one, self.keys)
         first[:, own], second[:, own] = (
             found[: self.length].astype(first.dtype),
             found[self.length :].astype(second.dtype),

@@ -1,9 +1,7 @@
 """Work on a chunk in stages on a TPU, each a block of instructions small enough for the registers, which leaves what it
 found in scratch memory.
 
-The compiler's scheduler starts within a block whatever can be started, and runs out of registers where a block has
-much that does not depend on one another; from one block to the next it moves nothing. Each block has several packs of
-heads, or units of their values, in it, as one alone would wait for its own products.
+Each block has several packs of heads, or units of their values, in it, as one alone would wait for its own products.
 """
 
 from collections.abc import Callable
@@ -13,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.mosaic_tpu_chunks import LANES, divisor
+from pallas_kernels.mosaic_tpu_blocks import in_blocks, part
+from pallas_kernels.mosaic_tpu_chunks import LANES
 from pallas_kernels.mosaic_tpu_packs import Pack, spread
 
 UNITS = 12  # of values, that a stage of products has in a block
@@ -23,33 +22,6 @@ READ_UNITS = 4  # where it reads the state as well
 def few_packs(keys: int) -> int:
     """So many that a stage works on matrices `[2 C, keys]` of all of them in a block."""
     return max(256 // keys, 1)
-
-
-def in_blocks(count: int, at_once: int, body: Callable[[Any], None]) -> None:
-    """body(n) for n = 0 .. count - 1, at most `at_once` of them in one block of instructions. (Stages of one block
-    each, one after the other, become one, all the same.)"""
-    at_once = divisor(count, at_once)
-    if count == at_once:
-        # Always so, which the compiler does not know
-        @pl.when(pl.program_id(0) < pl.num_programs(0))
-        def _():
-            for one in range(count):
-                body(one)
-
-        return
-
-    def block(number, _):
-        for one in range(at_once):
-            body(number * at_once + one)
-
-    jax.lax.fori_loop(0, count // at_once, block, None)
-
-
-def lanes(number, width: int):
-    """The number-th part of the lanes; one that is not known beforehand is of whole registers."""
-    if isinstance(number, int):
-        return slice(number * width, (number + 1) * width)
-    return pl.ds(pl.multiple_of(number * width, LANES), width)
 
 
 class Unit(NamedTuple):
@@ -68,11 +40,11 @@ def in_units(pack: Pack, step: int, at_once: int, body: Callable[[Unit], None]) 
         count = pack.value // width
 
         def numbered(number):
-            body(Unit(number // count, lanes(number % count, width), lanes(number, width), width))
+            body(Unit(number // count, part(number % count, width), part(number, width), width))
 
         def whole(one):
-            for part in range(count):
-                body(Unit(one, lanes(part, width), lanes(one * count + part, width), width))
+            for n in range(count):
+                body(Unit(one, part(n, width), part(one * count + n, width), width))
 
         if at_once < count:
             in_blocks(step * count, at_once, numbered)
@@ -102,9 +74,9 @@ def by_head(pack: Pack, of_head: Callable[[int], jax.Array], unit: Unit):
     return of_head(0) if pack.heads == 1 else pack.by_head(of_head, unit.own)
 
 
-def blocks(pack: Pack, part, unit: Unit):
+def blocks(pack: Pack, x, unit: Unit):
     """See `Pack.blocks`."""
-    return part if pack.heads == 1 else pack.blocks(part, unit.own)
+    return x if pack.heads == 1 else pack.blocks(x, unit.own)
 
 
 def by_keys(pack: Pack, of_head: Callable[[int], jax.Array]):

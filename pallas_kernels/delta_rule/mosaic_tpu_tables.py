@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.delta_rule.mosaic_tpu_inverse import ROWS, invert, parts_of, sets_of
-from pallas_kernels.delta_rule.mosaic_tpu_stages import Unit, by_head, by_keys, few_packs, in_blocks, lanes
+from pallas_kernels.delta_rule.mosaic_tpu_inverse import invert, parts_of, sets_of
+from pallas_kernels.delta_rule.mosaic_tpu_stages import Unit, by_head, by_keys, few_packs
+from pallas_kernels.mosaic_tpu_blocks import SUBLANES, in_blocks, part
 from pallas_kernels.mosaic_tpu_chunks import LANES, product
 from pallas_kernels.mosaic_tpu_gates import Gates
 from pallas_kernels.mosaic_tpu_gates import parts_of as parts_of_sums
@@ -59,11 +60,11 @@ def bind(shapes, refs):
 
 
 def reading(tokens, pack, width):
-    return jnp.concatenate([tokens.q[:, lanes(pack, width)], tokens.a[:, lanes(pack, width)]])
+    return jnp.concatenate([tokens.q[:, part(pack, width)], tokens.a[:, part(pack, width)]])
 
 
 def writing(tokens, pack, width):
-    return jnp.concatenate([tokens.k[:, lanes(pack, width)], tokens.b[:, lanes(pack, width)]])
+    return jnp.concatenate([tokens.k[:, part(pack, width)], tokens.b[:, part(pack, width)]])
 
 
 def seen(length):
@@ -124,25 +125,23 @@ def make_tables(chunk, tokens, rows, tables: Tables, decays: Callable[[Any, Gate
                 found = found * between(tables, at)[...]
                 tables.scores[at] = found.astype(dtype)
                 place = local * heads + head
-                part = number * (group * heads // side) + place // side
-                tables.lower[part, :, lanes(place % side, length)] = found[length:, length:]
+                of_set = number * (group * heads // side) + place // side
+                tables.lower[of_set, :, part(place % side, length)] = found[length:, length:]
         if group == step:
             for place in range(step * heads, tables.lower.shape[0] * side):
-                tables.lower[place // side, :, lanes(place % side, length)] = jnp.zeros((length, length), jnp.float32)
+                tables.lower[place // side, :, part(place % side, length)] = jnp.zeros((length, length), jnp.float32)
 
     in_blocks(step // group, few, score)
     invert(tables.lower, tables.inverses, dtype)
 
-    def part(number):
+    def round_inverse(number):
         for local in range(group * heads):
             at = number * group * heads + local
-            own = tables.inverses[
-                number * (group * heads // side) + local // side, :, lanes(local % side, length)
-            ]
+            own = tables.inverses[number * (group * heads // side) + local // side, :, part(local % side, length)]
             for n, x in enumerate(parts_of(own, dtype)):
                 tables.inverse[at, n * length : (n + 1) * length] = x.astype(dtype)
 
-    in_blocks(step // group, 2, part)
+    in_blocks(step // group, 2, round_inverse)
 
 
 def whole_of(pack: Pack, tables: Tables, unit: Unit):
@@ -178,14 +177,14 @@ def tall_product(left, right, dtype):
     count = -(-left.shape[0] // TALL)
     size = -(-left.shape[0] // count // 32) * 32
     parts = [left[start : start + size] for start in range(0, left.shape[0], size)]
-    return jnp.concatenate([product(part, right, (1, 0), dtype) for part in parts])
+    return jnp.concatenate([product(rows, right, (1, 0), dtype) for rows in parts])
 
 
 def sums_lying(x, dtype, heads: int = 1, width: int = 0):
     """Of the rows of a float32 matrix `[n, lanes]` the sums over each head's lanes, `[8 or more, n]`: a product, as
     sums over lanes would keep the cross-lane unit busy for longer."""
-    ones = jnp.ones((-(-heads // ROWS) * ROWS, x.shape[1]), jnp.float32)
+    ones = jnp.ones((-(-heads // SUBLANES) * SUBLANES, x.shape[1]), jnp.float32)
     if heads > 1:
         head, lane = (jax.lax.broadcasted_iota(jnp.int32, ones.shape, axis) for axis in (0, 1))
         ones = jnp.where((lane >= head * width) & (lane < (head + 1) * width), ones, 0.0)
-    return sum(product(ones, part, (1, 1), dtype) for part in parts_of(x, dtype))
+    return sum(product(ones, some, (1, 1), dtype) for some in parts_of(x, dtype))

@@ -29,6 +29,7 @@ from pallas_kernels.delta_rule.mosaic_tpu_vector_tables import (
     split,
     together,
 )
+from pallas_kernels.mosaic_tpu_blocks import in_blocks
 from pallas_kernels.mosaic_tpu_chunks import LANES, product
 from pallas_kernels.mosaic_tpu_packs import Pack
 
@@ -55,26 +56,26 @@ class Vector:
     def forward(self, fixed, state, tokens, rows, o, refs):
         packs = state.shape[0]
         self.prepare(packs, tokens, refs)
-        two_by_two(packs, self.results, state, tokens.v, o, refs)
+        in_blocks(packs, 2, self.results, state, tokens.v, o, refs)
 
     def backward(self, fixed, before, tokens, rows, d_state, d_o, d_fixed, d_tokens, d_rows, refs):
         packs, pack = d_state.shape[0], self.pack
         self.prepare(packs, tokens, refs)
-        two_by_two(packs, self.solution, before, tokens.v, refs)
-        one_by_one(packs, self.of_values, d_state, d_o, d_tokens.v, refs)
-        two_by_two(packs, gradients.of_states, before, d_state, pack, refs)
-        one_by_one(packs, gradients.of_pairs, range(2), pack, refs)
-        two_by_two(packs, gradients.of_pairs, range(2, len(HALVES)), pack, refs)
-        two_by_two(packs, gradients.of_vectors, 0, pack, refs)
-        two_by_two(packs, gradients.of_vectors, 1, pack, refs)
+        in_blocks(packs, 2, self.solution, before, tokens.v, refs)
+        in_blocks(packs, 1, self.of_values, d_state, d_o, d_tokens.v, refs)
+        in_blocks(packs, 2, gradients.of_states, before, d_state, pack, refs)
+        in_blocks(packs, 1, gradients.of_pairs, range(2), pack, refs)
+        in_blocks(packs, 2, gradients.of_pairs, range(2, len(HALVES)), pack, refs)
+        in_blocks(packs, 2, gradients.of_vectors, 0, pack, refs)
+        in_blocks(packs, 2, gradients.of_vectors, 1, pack, refs)
         part_by_part(packs, CHUNK // SPAN, gradients.of_tokens, tokens, d_tokens, pack, refs)
-        one_by_one(packs, gradients.of_log_decay, tokens.log_decay, d_tokens.log_decay, pack, refs)
+        in_blocks(packs, 1, gradients.of_log_decay, tokens.log_decay, d_tokens.log_decay, pack, refs)
 
     def prepare(self, packs, tokens, refs):
         tables.number_places(refs)
         part_by_part(packs, CHUNK // SPAN, tables.decay_within_spans, tokens, self.pack, refs)
         part_by_part(packs, 2, tables.decay_across_spans, tokens, self.pack, refs)
-        one_by_one(packs, tables.score, tokens, self.pack, refs)
+        in_blocks(packs, 1, tables.score, tokens, self.pack, refs)
         invert(refs["lower"], refs["inverse"], self.dtype)
 
     def results(self, number, state, v, o, refs):
@@ -153,23 +154,6 @@ def both_ends(refs, number):
     return ends.reshape(2, 2 * CHUNK, ends.shape[-1])
 
 
-def one_by_one(packs: int, visit: Callable[..., None], *arguments) -> None:
-    """visit(pack, *arguments)"""
-    _turns(packs, lambda number: visit(number, *arguments))
-
-
-def two_by_two(packs: int, visit: Callable[..., None], *arguments) -> None:
-    """As `one_by_one`, in lockstep."""
-    if packs % 2:
-        return one_by_one(packs, visit, *arguments)
-
-    def turn(n):
-        visit(2 * n, *arguments)
-        visit(2 * n + 1, *arguments)
-
-    _turns(packs // 2, turn)
-
-
 def part_by_part(packs: int, parts: int, visit: Callable[..., None], *arguments) -> None:
     """visit(pack, part, *arguments), two parts in lockstep."""
 
@@ -183,11 +167,4 @@ def part_by_part(packs: int, parts: int, visit: Callable[..., None], *arguments)
         else:
             pl.loop(0, parts // 2)(turn)
 
-    _turns(packs, of_pack)
-
-
-def _turns(count, turn):
-    if count > 1:
-        pl.loop(0, count)(turn)
-    else:  # a block by itself, too: what always holds, which the compiler does not know
-        pl.when(pl.program_id(0) < pl.num_programs(0))(lambda: turn(0))
+    in_blocks(packs, 1, of_pack)

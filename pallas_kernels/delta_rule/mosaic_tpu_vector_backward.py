@@ -25,22 +25,18 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.delta_rule.mosaic_tpu_vector_tables import (
     CHUNK,
     HALVES,
-    LANES,
-    ROWS,
     SPAN,
     across,
     apart,
     blocks,
-    joined,
     lanes_of,
     places,
-    registers,
     sets_of,
     span,
     split,
-    swap,
 )
-from pallas_kernels.mosaic_tpu_chunks import product
+from pallas_kernels.mosaic_tpu_blocks import SUBLANES, joined, registers, swap
+from pallas_kernels.mosaic_tpu_chunks import LANES, product
 
 NEVER = -104.0  # a log decay below it is a decay to nothing, in float32: without gradient
 
@@ -59,7 +55,7 @@ def scratch(pack, step, dtype):
         "beside": pltpu.VMEM((step, 4, CHUNK, pack.keys), jnp.float32),
         # Vectors by their gradients: of q, less those of b and k by `pairs`; of b and k by the state; of a
         "moved": pltpu.VMEM((step, 3, CHUNK, pack.keys), jnp.float32),
-        "through": pltpu.VMEM((step, ROWS, pack.keys), jnp.float32),  # of the state that goes through
+        "through": pltpu.VMEM((step, SUBLANES, pack.keys), jnp.float32),  # of the state that goes through
     }
 
 
@@ -73,7 +69,7 @@ def of_states(number, before, d_state, pack, refs):
         state, later = before[number, :, unit], d_state[number, :, unit]
         of_reading += product(read, state, (1, 1), dtype)
         of_writing += product(written, later, (1, 1), dtype)
-        ones = jnp.ones((ROWS, later.shape[1]), jnp.float32)
+        ones = jnp.ones((SUBLANES, later.shape[1]), jnp.float32)
         of_total += product(ones, state.astype(jnp.float32) * later, (1, 1), dtype)
         earlier = blocks(lane, product(reading, read, (0, 0), dtype), pack, unit)
         d_state[number, :, unit] = later * across(total[:1], later.shape[1]) + earlier
@@ -92,19 +88,19 @@ def of_pairs(number, levels, pack, refs):
     dtype, sets = refs["read"].dtype, sets_of(pack)
     every_row, every_lane = places(refs, max(LANES, pack.values))
     row, lane = every_row[:, :LANES], every_lane[:, :LANES]
-    column, block = lane & (ROWS - 1), lane & (CHUNK - ROWS)
+    column, block = lane & (SUBLANES - 1), lane & (CHUNK - SUBLANES)
     read, written = refs["read"][number], refs["written"][number]
     found = [[] for _ in range(sets)]
     for level in levels:
         half = HALVES[level]
-        near, size = (row ^ column) < 2 * half, max(2 * half, ROWS)
+        near, size = (row ^ column) < 2 * half, max(2 * half, SUBLANES)
         x, y = taking_turns(every_row, read, half, 1), taking_turns(every_row, written, half, 0)
         for one in range(sets):
             for first, second in ((x, y), (y, x)):
                 table = registers(product(first, apart(every_lane, second, one, pack.value), (1, 1), dtype))
-                for n, start in enumerate(range(0, CHUNK, ROWS)):
+                for n, start in enumerate(range(0, CHUNK, SUBLANES)):
                     parts = (block & -size) == (start & -size)
-                    table[n] = jnp.where(parts & near if half < ROWS else parts, table[n], 0.0)
+                    table[n] = jnp.where(parts & near if half < SUBLANES else parts, table[n], 0.0)
                 found[one].append(joined(table).astype(dtype))
     for one in range(sets):
         by_level = jnp.stack(found[one]).reshape(len(levels), 2, CHUNK, LANES)
@@ -119,7 +115,7 @@ def taking_turns(row, x, half, side):
         starts = (start if own else CHUNK + (start ^ half) for start, own in starts)
         return joined(x[start : start + half] for start in starts)
     own, other = (registers(part.astype(jnp.float32)) for part in (x[:CHUNK], x[CHUNK:]))
-    if half == ROWS:
+    if half == SUBLANES:
         return joined(own[n] if n & 1 == side else other[n ^ 1] for n in range(len(own))).astype(x.dtype)
     second = row[:, : x.shape[1]] & half != 0
     pairs = ((one, swap(beside, half, second)) for one, beside in zip(own, other, strict=True))
@@ -128,9 +124,9 @@ def taking_turns(row, x, half, side):
 
 def of_vectors(number, kind, pack, refs):
     """The gradients by `pairs`, for a pack. kind: 0 of what reads, 1 of what writes."""
-    dtype, sets, starts = refs["read"].dtype, sets_of(pack), range(0, CHUNK, ROWS)
+    dtype, sets, starts = refs["read"].dtype, sets_of(pack), range(0, CHUNK, SUBLANES)
     both = slice(2 * kind, 2 * kind + 2)
-    own, other = ([jnp.zeros((ROWS, pack.keys), jnp.float32)] * len(starts) for _ in range(2))
+    own, other = ([jnp.zeros((SUBLANES, pack.keys), jnp.float32)] * len(starts) for _ in range(2))
     if kind == 0:
         own, other = (registers(x) for x in refs["found"][number, both])
     row, lane = places(refs, pack.keys)
@@ -142,13 +138,13 @@ def of_vectors(number, kind, pack, refs):
             found += product(cotangents[one][level], apart(lane, beside[level], one, pack.key), (1, 0), dtype)
         found = registers(found)
         for n, start in enumerate(starts):
-            decay = middles[level - 1, start : start + ROWS] if half > 1 else 1.0
-            if half < ROWS:
+            decay = middles[level - 1, start : start + SUBLANES] if half > 1 else 1.0
+            if half < SUBLANES:
                 here, there = found[n] * decay, swap(found[n], half, second) * decay
                 keep = second if kind == 0 else ~second
                 own[n], other[n] = own[n] + jnp.where(keep, here, 0.0), other[n] + jnp.where(keep, there, 0.0)
             elif bool(start & half) == (kind == 0):
-                own[n], other[n] = own[n] + found[n] * decay, other[n] + found[(start ^ half) // ROWS] * decay
+                own[n], other[n] = own[n] + found[n] * decay, other[n] + found[(start ^ half) // SUBLANES] * decay
     refs["found"][number, both] = jnp.stack([joined(own), joined(other)])
 
 
@@ -170,13 +166,13 @@ def of_log_decay(number, log_decay, d_log_decay, pack, refs):
     keys, dtype = lanes_of(number, pack.keys), refs["read"].dtype
     later, sooner, of_a = refs["moved"][number]
     # What a reads, it reads before its own decay: it counts for the token before
-    of_a = [pltpu.roll(x, ROWS - 1, 0) for x in registers(of_a)]
+    of_a = [pltpu.roll(x, SUBLANES - 1, 0) for x in registers(of_a)]
     row, lane = places(refs, max(LANES, pack.keys))
-    last = row[:, : pack.keys] == ROWS - 1
+    last = row[:, : pack.keys] == SUBLANES - 1
     of_a = joined(jnp.where(last, *pair) for pair in zip([*of_a[1:], jnp.zeros_like(of_a[0])], of_a, strict=True))
     moved = jnp.concatenate([later + of_a, sooner])
     row, lane = row[:, :LANES], lane[:, :LANES]
-    tokens = [row + start for start in range(0, CHUNK, ROWS)]
+    tokens = [row + start for start in range(0, CHUNK, SUBLANES)]
     counted = joined(jnp.where((lane >= token) & (lane < token + CHUNK), 1.0, 0.0) for token in tokens)
     parts = [moved] if dtype == jnp.float32 else split(moved)
     found = sum(product(counted, x, (1, 0), dtype) for x in parts) + refs["through"][number, :1]

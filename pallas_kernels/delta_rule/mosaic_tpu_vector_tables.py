@@ -20,25 +20,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mosaic_tpu_blocks import SUBLANES, joined, registers, swap
 from pallas_kernels.mosaic_tpu_chunks import LANES, product
 
 CHUNK = 64  # two heads' tables side by side fill the lanes
 HALVES = (1, 2, 4, 8, 16, 32)
-ROWS = 8  # of a register
 SPAN = 16  # tokens worked on at once: a register of bfloat16
 
 
 def scratch(pack, step, dtype, *, backward):
     keys, sets = pack.keys, step * sets_of(pack)
     found = {
-        "places": pltpu.VMEM((2, ROWS, -(-max(keys, pack.values) // LANES) * LANES), jnp.int32),
+        "places": pltpu.VMEM((2, SUBLANES, -(-max(keys, pack.values) // LANES) * LANES), jnp.int32),
         "pairs": pltpu.VMEM((step, len(HALVES), 2, CHUNK, keys), dtype),
         # What reads the state before the chunk (a, q), and what writes the one after it (b, k)
         "ends": pltpu.VMEM((step, 2, 2, CHUNK, keys), dtype),
-        "total": pltpu.VMEM((step, ROWS, keys), jnp.float32),  # the decay from state to state
+        "total": pltpu.VMEM((step, SUBLANES, keys), jnp.float32),  # the decay from state to state
         # Decays within spans: from the start to what the token reads, from after the token to the end; of all of it
         "spans": pltpu.VMEM((step, 2, CHUNK, keys), jnp.float32),
-        "totals": pltpu.VMEM((step, CHUNK // SPAN, ROWS, keys), jnp.float32),
+        "totals": pltpu.VMEM((step, CHUNK // SPAN, SUBLANES, keys), jnp.float32),
         "lower": pltpu.VMEM((sets, CHUNK, LANES), jnp.float32),  # a with b
         "inverse": pltpu.VMEM((sets, CHUNK, LANES), jnp.float32),
         "tables": pltpu.VMEM((sets, 3, CHUNK, LANES), dtype),  # a with k, q with k, q with b
@@ -94,7 +94,7 @@ def decay_across_spans(number, second, tokens, pack, refs):
 
     def by_span(even, odd):
         """Factors, alike for all tokens of a span."""
-        return jnp.concatenate([even] * (SPAN // ROWS) + [odd] * (SPAN // ROWS))
+        return jnp.concatenate([even] * (SPAN // SUBLANES) + [odd] * (SPAN // SUBLANES))
 
     # Quarters of the chunk
     reader, writer = reading[SPAN:], rest[:SPAN]
@@ -124,14 +124,14 @@ def score(number, tokens, pack, refs):
     q, b, k = (x[:, lanes] for x in (tokens.q, tokens.b, tokens.k))
     row, every_lane = places(refs, max(LANES, pack.keys))
     row, lane = row[:, :LANES], every_lane[:, :LANES]
-    column, block = lane & (ROWS - 1), lane & (CHUNK - ROWS)
-    nothing = jnp.zeros((ROWS, LANES), jnp.float32)
+    column, block = lane & (SUBLANES - 1), lane & (CHUNK - SUBLANES)
+    nothing = jnp.zeros((SUBLANES, LANES), jnp.float32)
 
     def on_diagonal(x):
         """Blocks of 8, one beside the other."""
-        found = x[:ROWS]
-        for start in range(ROWS, CHUNK, ROWS):
-            found = jnp.where(block == start, x[start : start + ROWS], found)
+        found = x[:SUBLANES]
+        for start in range(SUBLANES, CHUNK, SUBLANES):
+            found = jnp.where(block == start, x[start : start + SUBLANES], found)
         return found
 
     for one in range(sets_of(pack)):
@@ -145,16 +145,16 @@ def score(number, tokens, pack, refs):
             parts = part_at(parting(row, column), half)
             near = [jnp.where(parts, x, old) for x, old in zip(places_of, near, strict=True)]
         # Between them
-        tables = [[nothing] * (CHUNK // ROWS) for _ in range(4)]
+        tables = [[nothing] * (CHUNK // SUBLANES) for _ in range(4)]
         for half, found in zip(HALVES[3:], of_level[3:], strict=True):
-            for start in range(0, CHUNK, ROWS):
+            for start in range(0, CHUNK, SUBLANES):
                 if start & half:
                     parts = (block & -half) == (start & -half) - half
-                    of_a, of_q = (found[first : first + ROWS] for first in (start, start - half))
+                    of_a, of_q = (found[first : first + SUBLANES] for first in (start, start - half))
                     for table, x in zip(tables, (*_of_b_and_k(of_a, half), *_of_b_and_k(of_q, half)), strict=True):
-                        table[start // ROWS] = jnp.where(parts, x, table[start // ROWS])
+                        table[start // SUBLANES] = jnp.where(parts, x, table[start // SUBLANES])
         a_b, a_k, q_b, q_k = (
-            jnp.concatenate([jnp.where(block == n * ROWS, x, other) for n, other in enumerate(others)])
+            jnp.concatenate([jnp.where(block == n * SUBLANES, x, other) for n, other in enumerate(others)])
             for x, others in zip(near, tables, strict=True)
         )
         refs["lower"][number * sets_of(pack) + one] = a_b
@@ -224,20 +224,6 @@ def blocks(lane, x, pack, unit):
     """Some lanes of a state, but 0 outside of the heads' blocks."""
     rows = (x[head * pack.key : (head + 1) * pack.key] for head in range(pack.heads))
     return joined(keep_lanes(lane, part, n * pack.value - unit.start, pack.value) for n, part in enumerate(rows))
-
-
-def registers(x):
-    return [x[start : start + ROWS] for start in range(0, x.shape[0], ROWS)]
-
-
-def joined(parts):
-    return jnp.concatenate(list(parts))
-
-
-def swap(x, half, second):
-    """Rows t with rows t ^ half, of a register. second: whether a row is in the second half of its block of 2 h."""
-    back = pltpu.roll(x, half, 0)
-    return back if 2 * half == ROWS else jnp.where(second, back, pltpu.roll(x, ROWS - half, 0))
 
 
 def split(x):

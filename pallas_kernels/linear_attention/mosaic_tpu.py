@@ -20,7 +20,7 @@ from pallas_kernels.linear_attention import mosaic_tpu_vector as vectors
 from pallas_kernels.linear_attention.mosaic_tpu_scalar_decays import fixed_of_heads, rows_of_tokens
 from pallas_kernels.linear_attention.reference import as_log_decay, empty_state, for_each_head, token_inputs
 from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, divisor, scan_chunks
-from pallas_kernels.mosaic_tpu_packs import Pack, narrow_pack
+from pallas_kernels.mosaic_tpu_packs import Pack, narrow_pack, unfit
 from pallas_kernels.mosaic_tpu_step import step
 from pallas_kernels.segments import document_starts
 
@@ -39,7 +39,8 @@ def supports(q, k, v, log_decay, initial_state, segment_ids, scale, bonus=None) 
         return f"by Mosaic TPU needs a TPU, and this is {platform}"
     if q.dtype not in ("bfloat16", "float32"):
         return f"by Mosaic TPU is for bfloat16 or float32, and q is {q.dtype}"
-    return None
+    vector = log_decay is not None and log_decay.ndim == 4
+    return None if q.shape[1] == 1 else unfit(_pack(q, v, vector or bonus is not None))
 
 
 def run(

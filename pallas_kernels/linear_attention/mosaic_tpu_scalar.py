@@ -12,15 +12,14 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.linear_attention.mosaic_tpu_scalar_backward import backward, backward_scratch
 from pallas_kernels.linear_attention.mosaic_tpu_scalar_decays import Decays
 from pallas_kernels.linear_attention.mosaic_tpu_scalar_parts import (
-    Blocks,
     beside,
     blocks,
     in_lockstep,
-    part,
     read,
     round_to,
     write,
 )
+from pallas_kernels.mosaic_tpu_blocks import Blocks, part
 from pallas_kernels.mosaic_tpu_chunks import LANES, product
 from pallas_kernels.mosaic_tpu_packs import Pack, spread
 

@@ -1,13 +1,9 @@
-"""Parts of references, loops over them, and what keeps a compiler from doing everything at once.
-
-A TPU's scheduler takes up all that it can inside a block of code, and knows no end of registers. Loops and conditions
-are where it stops.
-"""
+"""References with parts beside one another, and loops over parts (see `mosaic_tpu_blocks`)."""
 
 import jax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mosaic_tpu_blocks import Blocks, part
 from pallas_kernels.mosaic_tpu_chunks import LANES
 from pallas_kernels.mosaic_tpu_packs import side_by_side
 
@@ -61,18 +57,6 @@ def pairs(count: int) -> list[range]:
     return [range(n, min(n + 2, count)) for n in range(0, count, 2)]
 
 
-class Blocks:
-    """Runs what it is called with in a block of code of its own, so that the compiler takes up nothing else beside it:
-    under a condition that always holds, and never the same one twice, or it would join them."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, body) -> None:
-        self.count += 1
-        pl.when(pl.program_id(2) > -self.count)(body)
-
-
 def in_lockstep(alone: Blocks, at_once: int, count: int, stages) -> None:
     """Every stage of 0 .. count - 1, `at_once` in a block. stages: (a function of the number, by how many blocks it
     comes later), in the order in which they stand in a block."""
@@ -85,12 +69,3 @@ def in_lockstep(alone: Blocks, at_once: int, count: int, stages) -> None:
 
     for number in range(len(parts) + max(later for _, later in stages)):
         alone(lambda number=number: block(number))
-
-
-def part(n, size: int, count: int):
-    """The n-th of `count` parts."""
-    if count == 1:
-        return slice(0, size)
-    if isinstance(n, int):
-        return slice(n * size, (n + 1) * size)
-    return pl.ds(pl.multiple_of(n * size, size), size)

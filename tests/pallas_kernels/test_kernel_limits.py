@@ -1,4 +1,4 @@
-"""Limits that are not the kernels' own: of CUDA's grids, of JAX's 64-bit mode."""
+"""Limits that are not the kernels' own: of CUDA's grids, of a TPU's scalar memory, of JAX's 64-bit mode."""
 
 import math
 
@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import pallas_kernels
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import devices, dispatch
 
 
@@ -36,6 +38,29 @@ def test_a_million_tokens_of_several_rows_fit_the_grids(op, monkeypatch):
     assert len(grids) >= 4
     for grid in grids:
         assert math.prod(grid[:-2]) <= 65_535 and (len(grid) < 2 or grid[-2] <= 65_535), grid
+
+
+@pytest.mark.parametrize("kv_heads", [32, 1])
+def test_a_million_tokens_fit_the_scalar_memory_of_a_tpu(kv_heads, monkeypatch):
+    """Which holds a MiB: the list of tiles that attention is to visit, and the next one."""
+    found, kernel = {}, pl.pallas_call
+
+    def looked_at(*arguments, in_specs, name, **rest):
+        lists = [spec for spec in in_specs if spec is not None and spec.memory_space == pltpu.SMEM]
+        found[name] = sum(2 * 4 * math.prod(size or 1 for size in spec.block_shape) for spec in lists)
+        return kernel(*arguments, in_specs=in_specs, name=name, **rest)
+
+    monkeypatch.setattr(pl, "pallas_call", looked_at)
+    q, k = (jax.ShapeDtypeStruct((1, 2**20, heads, 64), jnp.bfloat16) for heads in (32, kv_heads))
+
+    def loss(q, k, v):
+        return pallas_kernels.attention(q, k, v, implementation="mosaic_tpu").astype(jnp.float32).sum()
+
+    with devices.interpreting("tpu"):
+        jax.eval_shape(jax.grad(loss, (0, 1, 2)), q, k, k)
+    assert len(found) == 2
+    for name, size in found.items():
+        assert 0 < size <= 2**19, f"{name}: {size}"
 
 
 @pytest.mark.parametrize("op", ["attention", "linear_attention", "delta_rule"])

@@ -10,8 +10,7 @@ from attention_calls import arrays, out_and_gradients
 from attention_suite import AttentionSuite, assert_conforms
 from numpy_programs import evaluated, traced
 from pallas_kernels import devices
-from pallas_kernels.attention import attention, conformance, mosaic_tpu
-from pallas_kernels.attention.mosaic_tpu_pairs import plans as pair_plans
+from pallas_kernels.attention import attention, conformance, mosaic_tpu, mosaic_tpu_pairs
 from pallas_kernels.attention.mosaic_tpu_stream import plans
 from pallas_kernels.attention.shapes import Shape
 from pallas_kernels.attention.tiles import Order
@@ -26,7 +25,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "FORWARD", (128, 128))
     monkeypatch.setattr(mosaic_tpu, "BACKWARD", (128, 256))
     monkeypatch.setattr(mosaic_tpu, "HEAVIEST", (128, 256))
-    monkeypatch.setattr(mosaic_tpu, "OUTER", 2 * 256 * 64)
+    monkeypatch.setattr(mosaic_tpu, "OUTER", 2 * 256 * 128)
 
 
 class TestMosaicTPU(AttentionSuite):
@@ -42,12 +41,21 @@ class TestMosaicTPU(AttentionSuite):
 @pytest.mark.parametrize("name", ["full", "packed, window", "alibi", "latent prefill"])
 def test_in_stages(name, monkeypatch):
     """As on a v6e: two halves of a tile in turns, in three stages, and dk and dv turned."""
-    monkeypatch.setattr(mosaic_tpu, "_goes_in_stages", lambda q, options: True)
+    for decision in ("_goes_in_stages", "_gathers_turned"):
+        monkeypatch.setattr(mosaic_tpu, decision, lambda q, options: True)
     for sizes in ("IN_STAGES", "IN_STAGES_MASKED_TWICE"):
         monkeypatch.setattr(mosaic_tpu, sizes, (256, 128))
     monkeypatch.setattr(mosaic_tpu, "LEAST_IN_STAGES", 0)
     with simulated():
         assert_conforms(conformance.CASES[name], "mosaic_tpu", jnp.float32, traced)
+
+
+def test_groups_of_heads_that_whole_registers_hold_only_in_large_tiles(monkeypatch):
+    """They are filled up: here 3 to 4, with 128 rows instead of 384."""
+    monkeypatch.setattr(mosaic_tpu, "MOST_ROWS", 256)
+    with simulated():
+        case = conformance.Case(shape=Shape(B=2, T=150, H=6, G=2, K=64), rows="packed", alibi=True)
+        assert_conforms(case, "mosaic_tpu", jnp.float32, traced)
 
 
 def test_bfloat16():
@@ -90,11 +98,38 @@ def test_a_plan_names_the_tile_that_comes_after():
 def test_pairs_of_an_outer_tile_are_sorted_by_queries():
     """Each tile of queries is named once for an outer tile, and its pairs follow one another."""
     active = jnp.asarray([[[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]]], bool)
-    first, second = pair_plans(active, together=2)[0, :, 0].tolist()
+    first, second = mosaic_tpu_pairs.plans(active, together=2)[0, :, 0].tolist()
     assert first[:6] == [4, 3, 0, 1, 3, 3]  # pairs, runs, their queries, those of the next outer tile
     assert first[7:11] == [2 * 0 + 0, 2 * 1 + 0, 2 * 1 + 1, 2 * 2 + 1]
     assert second[:4] == [1, 1, 3, -1]
     assert second[7:8] == [2 * 0 + 0]
+
+
+def test_pairs_of_an_outer_tile_in_pages(monkeypatch):
+    """Of two tiles of queries each: a row is at most as long as said, and names the tile that comes after it."""
+    monkeypatch.setattr(mosaic_tpu_pairs, "MOST", 3 + 2 * 3)
+    active = jnp.asarray([[[1, 0, 0], [1, 1, 0], [0, 1, 1]]], bool)
+    rows = mosaic_tpu_pairs.plans(active, together=2)[0, :, 0].tolist()
+    assert [row[:2] for row in rows] == [[3, 2], [1, 1], [0, 0], [1, 1]]  # pairs, runs
+    assert [row[2:5] for row in rows] == [[0, 1, 2], [2, 2, 2], [2, 2, 2], [2, -1, -1]]
+    assert (rows[0][5:8], rows[1][5], rows[3][5]) == ([0, 2, 3], 1, 0)
+
+
+@pytest.mark.parametrize("most", [mosaic_tpu_pairs.MOST, 3 + 3 * 3])
+def test_outer_tiles_of_several_tiles_of_keys(most, monkeypatch):
+    """Two, and one in the last outer tile; all tiles of queries in a row of the plan, or three."""
+    monkeypatch.setattr(mosaic_tpu_pairs, "MOST", most)
+    rows, backward = [], mosaic_tpu.backward
+
+    def looked_at(rules, turned, together, plans, queries, keys, *rest):
+        rows.append((together, queries.shape[2], keys.shape[2], plans.shape[1]))
+        return backward(rules, turned, together, plans, queries, keys, *rest)
+
+    monkeypatch.setattr(mosaic_tpu, "backward", looked_at)
+    case = conformance.Case(shape=Shape(B=2, T=640, H=2, G=1, K=64, window=300), rows="packed")
+    with simulated():
+        assert_conforms(case, "mosaic_tpu", jnp.float32, traced)
+    assert rows == [(2, 10, 3, 2 if most > 100 else 8)]
 
 
 @pytest.mark.parametrize(

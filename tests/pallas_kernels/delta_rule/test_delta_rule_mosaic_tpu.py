@@ -8,7 +8,7 @@ import pytest
 from conformance_suite import assert_conforms, conformance_tests
 from numpy_programs import traced
 from pallas_kernels import devices
-from pallas_kernels.delta_rule import conformance, delta_rule
+from pallas_kernels.delta_rule import conformance, delta_rule, mosaic_tpu_scalar, mosaic_tpu_scalar_backward
 from pallas_kernels.delta_rule.shapes import Shape
 
 simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
@@ -37,6 +37,16 @@ def test_bfloat16(shape, options):
         assert_conforms(conformance.SUITE, case, "mosaic_tpu", jnp.bfloat16)
 
 
+def test_values_wider_than_a_block_of_instructions_takes(monkeypatch):
+    """Their units are then counted through, and several blocks belong to one pack."""
+    for module in (mosaic_tpu_scalar, mosaic_tpu_scalar_backward):
+        monkeypatch.setattr(module, "UNITS", 1)
+    monkeypatch.setattr(mosaic_tpu_scalar, "READ_UNITS", 1)
+    case = conformance.Case(shape=Shape(B=1, T=70, H=2, K=128, V=256), gates="slow")
+    with simulated():
+        assert_conforms(conformance.SUITE, case, "mosaic_tpu", jnp.float32)
+
+
 def test_says_what_it_does_not_support():
     q = jnp.zeros((1, 4, 1, 16))
     with pytest.raises(ValueError, match="needs a TPU"):
@@ -45,3 +55,15 @@ def test_says_what_it_does_not_support():
     with simulated(), pytest.raises(ValueError, match="float16"):
         delta_rule(half, half, half, half, half, implementation="mosaic_tpu")
     jax.eval_shape(delta_rule, q, q, q, q, q)  # by default another one is taken
+
+
+def test_refuses_many_heads_that_fill_whole_registers_all_together_alone():
+    def call(length, heads, width):
+        q = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
+        jax.eval_shape(lambda q: delta_rule(q, q, q, q, q, implementation="mosaic_tpu"), q)
+
+    with simulated():
+        with pytest.raises(ValueError, match="on 31 of 72 keys"):
+            call(4, 31, 72)
+        for taken in ((1, 31, 72), (4, 32, 72), (4, 1, 2048)):
+            call(*taken)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conformance_suite import assert_conforms, conformance_tests
-from numpy_programs import traced
+from numpy_programs import evaluated, traced
 from pallas_kernels import devices
 from pallas_kernels.linear_attention import conformance, linear_attention
 from pallas_kernels.linear_attention.shapes import Shape
+from pallas_kernels.tolerances import assert_close
 
 simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
 
@@ -43,6 +44,17 @@ def test_several_heads_in_a_tile_of_several_registers(decay):
         assert_conforms(conformance.SUITE, case, "mosaic_tpu", jnp.float32)
 
 
+def test_more_sums_of_a_pack_than_a_register_has_lanes():
+    """Each of them is a lane: two of a head, whose log decays are summed up in two parts. (Forward: it takes long.)"""
+    case = conformance.Case(shape=Shape(B=1, T=100, H=72, K=128, V=16, decay="token", G=1))
+    floats, _ = conformance.SUITE.inputs(case)
+    floats = {name: jnp.asarray(x, jnp.float32) for name, x in floats.items()}
+    expected = evaluated(lambda floats: linear_attention(**floats, implementation="reference"))(floats)
+    with simulated():
+        found = evaluated(lambda floats: linear_attention(**floats, implementation="mosaic_tpu"))(floats)
+    assert_close(list(found), list(expected), "float32")
+
+
 def test_says_what_it_does_not_support():
     q, v = jnp.zeros((1, 4, 1, 16)), jnp.zeros((1, 4, 1, 16))
     with pytest.raises(ValueError, match="needs a TPU"):
@@ -51,3 +63,15 @@ def test_says_what_it_does_not_support():
     with simulated(), pytest.raises(ValueError, match="float16"):
         linear_attention(half, half, half, implementation="mosaic_tpu")
     jax.eval_shape(linear_attention, q, q, v)  # by default another one is taken
+
+
+def test_refuses_many_heads_that_fill_whole_registers_all_together_alone():
+    def call(length, heads, width):
+        q = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
+        jax.eval_shape(lambda q: linear_attention(q, q, q, implementation="mosaic_tpu"), q)
+
+    with simulated():
+        with pytest.raises(ValueError, match="on 31 of 72 keys"):
+            call(4, 31, 72)
+        for taken in ((1, 31, 72), (4, 32, 72), (4, 1, 2048)):
+            call(*taken)
