@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear_attention.mosaic_tpu_scalar_backward import backward, backward_scratch
+from pallas_kernels.linear_attention import mosaic_tpu_scalar_backward as own_backward
+from pallas_kernels.linear_attention import mosaic_tpu_scalar_shared_backward as shared_backward
 from pallas_kernels.linear_attention.mosaic_tpu_scalar_decays import Decays
 from pallas_kernels.linear_attention.mosaic_tpu_scalar_parts import (
+    Given,
     beside,
     blocks,
     in_lockstep,
@@ -102,7 +104,7 @@ class Chunk:
 
     def scratch(self, block, step, *, backward):
         if backward:
-            return backward_scratch(self, block, step)
+            return (shared_backward if self.pack.shared else own_backward).scratch(self, block, step)
         square, slots, of_weights = (self.length, self.length), step * self.groups, self.together * self.length
         return [
             pltpu.VMEM(self.columns_shape(block, step), jnp.float32),
@@ -246,8 +248,9 @@ class Chunk:
             alone(functools.partial(prepare_all, range(start, min(start + 4, count))))
         in_lockstep(alone, 4, count * self.tiles, [(write_tile, 1), (read_tile, 0)])
 
-    def backward(self, *refs):
-        backward(self, *refs)
+    def backward(self, *references):
+        kernel, count = shared_backward if self.pack.shared else own_backward, len(Given._fields)
+        kernel.backward(self, Given(*references[:count]), *references[count:])
 
     def write_queries(self, number, tokens, query):
         """Times the scale."""

@@ -1,15 +1,16 @@
-"""One chunk of linear attention with one decay a head backward on a TPU, see `mosaic_tpu_scalar`.
+"""One chunk of linear attention with one decay a head backward on a TPU, where every head has keys of its own.
 
-With W = scores * decays, q already times the scale, B = d_o * since and U = v * until, of one head
+With W = scores * between, d_scores = (d_o v^T) * between and q already times the scale, of one head
 
-    dW = d_o v^T      dv = W^T d_o + until * (k dS)      dq = B S^T + d_scores k
-    dk = U dS^T + d_scores^T q      dS <- q^T B + total * dS      d_scores = dW * decays
+    dq = since * (d_o S^T) + d_scores k      dv = W^T d_o + (until * k) dS
+    dk = until * (v dS^T) + d_scores^T q     dS <- (since * q)^T d_o + total * dS
 
-Log decays are summed up to what reads and to what is decayed; the gradients of these sums are the sums of dW * W over
-the lines and over the columns, and what since, until and total add to them.
+so that decays are met in the lanes of keys alone, and values and their cotangents are operands as they stand. What a
+token reads goes with the exponential of its sum of log decays, what it writes with that of its negative: the gradients
+of these sums are those of q dq and of k dk over the channels.
 """
 
-import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,344 +19,279 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear_attention.mosaic_tpu_scalar_decays import SUBLANES, Decays
 from pallas_kernels.linear_attention.mosaic_tpu_scalar_parts import (
-    Blocks,
     beside,
     blocks,
-    each,
-    pairs,
-    part,
+    in_lockstep,
     read,
     round_to,
     write,
 )
+from pallas_kernels.linear_attention.mosaic_tpu_scalar_sums import Sums, fold, pieces
+from pallas_kernels.mosaic_tpu_blocks import Blocks, part
 from pallas_kernels.mosaic_tpu_chunks import LANES
-from pallas_kernels.mosaic_tpu_packs import spread
+from pallas_kernels.mosaic_tpu_packs import side_by_side, spread
 
 
-def backward_scratch(chunk, block, step):
-    length, keys, slots = chunk.length, chunk.pack.keys, chunk.slots(step)
-    square = (length, length)
-    return [
-        *chunk.common_scratch(block, step),
-        pltpu.VMEM((step, chunk.keyed, *square), jnp.float32),  # gradients of the scores
-        pltpu.VMEM((step, keys, length), chunk.dtype),  # queries, turned
-        beside(keys, step, length, dtype=chunk.dtype),  # keys
-        pltpu.VMEM((step, length, keys), jnp.float32),  # gradients of queries
-        pltpu.VMEM((step, length, keys), jnp.float32),  # and of keys
-        pltpu.VMEM((slots, chunk.together * length, length), chunk.dtype),  # weights
-        beside(chunk.together * length, slots, length, dtype=chunk.dtype),  # and turned
-        pltpu.VMEM((slots, chunk.together, *square), chunk.dtype),  # decays between tokens
-        pltpu.VMEM((slots, chunk.together, *square), jnp.float32),  # gradients of weights
-        pltpu.VMEM((slots, 2, length, chunk.lanes), jnp.float32),  # gradients of the logarithms of since and until
-        pltpu.VMEM((slots, 1, chunk.lanes), jnp.float32),  # and of what a state is decayed by at the end
-        *[beside(chunk.tile, 2, length, dtype=chunk.dtype)] * 2,  # d_o * since and v * until, of two tiles
-        *[beside(chunk.tile, chunk.together * length, dtype=chunk.dtype)] * 2,  # d_o and v, heads below one another
-        pltpu.VMEM((step, chunk.keyed, 1 + chunk.exclusive, *square), chunk.dtype),  # gradients of scores that count
-        pltpu.VMEM((3, length, chunk.tile), jnp.float32),  # products of a tile: W^T d_o, k dS and q S
-        *([pltpu.VMEM(_columns(chunk, step), jnp.float32)] if chunk.decay == "token" else []),
-    ]
+class Scratch(NamedTuple):
+    """Of the packs of heads of a step, `[step, ...]` each.
+
+    columns: see `Decays`. rounded: the cotangent of the state after the chunk. queries: q times the scale. reads and
+    writes: since * q and until * k; turned: reads, the tokens along the lanes. scores, d_weights: `[heads, C, C]`, as
+    are weights, of which what reads lies along the lanes, and d_scores (of what is seen; d_scores_turned: those so).
+    from_state: `[2, C, keys]`, d_o S^T and v dS^T. from_tokens: d_scores k and d_scores^T q. dv: what goes through the
+    state. own: with a bonus, d_o v of a token and itself, in the lanes of its head's keys. d_last: `[groups of heads,
+    1, lanes]`, the state before the chunk times the cotangent of that after it. sums: see `Sums`."""
+
+    columns: Any
+    rounded: Any
+    queries: Any
+    reads: Any
+    writes: Any
+    turned: Any
+    scores: Any
+    d_weights: Any
+    weights: Any
+    d_scores: Any
+    d_scores_turned: Any
+    from_state: Any
+    from_tokens: Any
+    dv: Any
+    own: Any
+    d_last: Any
+    sums: Any
 
 
-def _columns(chunk, step):
-    """The shape of the gradients of sums up to what reads and to what is decayed, one for each head."""
-    return (step, 1 + chunk.exclusive, -(-chunk.pack.heads // LANES), chunk.length, LANES)
+def scratch(chunk, block, step):
+    length, pack = chunk.length, chunk.pack
+    square = pack.heads, length, length
+    operand = beside(pack.keys, step, length, dtype=chunk.dtype)
+    return list(
+        Scratch(
+            columns=pltpu.VMEM(chunk.columns_shape(block, step), jnp.float32),
+            rounded=pltpu.VMEM((step, pack.keys, pack.values), chunk.dtype),
+            queries=operand,
+            reads=operand,
+            writes=operand,
+            turned=pltpu.VMEM((step, pack.keys, length), chunk.dtype),
+            scores=pltpu.VMEM((step, *square), jnp.float32),
+            d_weights=pltpu.VMEM((step, *square), jnp.float32),
+            weights=pltpu.VMEM((step, *square), chunk.dtype),
+            d_scores=pltpu.VMEM((step, *square), chunk.dtype),
+            d_scores_turned=pltpu.VMEM((step, *square), chunk.dtype),
+            from_state=pltpu.VMEM((step, 2, length, pack.keys), jnp.float32),
+            from_tokens=pltpu.VMEM((step, 2, length, pack.keys), jnp.float32),
+            dv=pltpu.VMEM((step, length, pack.values), jnp.float32),
+            own=pltpu.VMEM((step, length, pack.keys if chunk.exclusive else LANES), jnp.float32),
+            d_last=pltpu.VMEM((step, chunk.groups, 1, chunk.lanes), jnp.float32),
+            sums=Sums.scratch(chunk, step),
+        )
+    )
 
 
-def backward(
-    chunk, fixed, before, tokens, rows, d_state, d_o, d_fixed, d_tokens, d_rows,
-    columns, scores, query, decays, total, rounded, d_scores, turned, all_keys, dq, dk, weights, weights_turned,
-    betweens, d_weights, moved, d_last, reads, writes, outs, values_apart, masked, found_values, *d_columns,
-):  # fmt: skip
-    step, pack, length = d_state.shape[0], chunk.pack, chunk.length
-    of_decays = Decays(chunk, fixed, rows, columns)
-    d_columns = d_columns[0] if d_columns else None
-    count, alone = step * chunk.groups, Blocks()
+def backward(chunk, given, *references):
+    stages = _Stages(chunk, given, Scratch(*references))
+    alone, step = Blocks(), given.d_state.shape[0]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        round_to(rounded, d_state)
+        round_to(stages.scratch.rounded, given.d_state)
 
-    def begin(number):
-        of_decays.turn(number)
-        chunk.write_queries(number, tokens, query)
-        for head in range(chunk.keyed):
-            scores[number, head] = chunk.scores(number, head, fixed, tokens)
-        turned[number] = read(query.at[number]).T
-        write(all_keys.at[number], tokens.k[:, part(number, pack.keys, step)])
-        if d_rows is not None:
-            d_rows[number] = jnp.zeros_like(d_rows[number])
+    # Every block has products to wait for beside what waits for none, and no more than fits a v6e's registers
+    in_lockstep(
+        alone, 1, step,
+        [(stages.of_keys, 2), (stages.finish, 3), (stages.of_totals, 2), (stages.weigh, 1)],
+        [(stages.prepare, 1), (stages.of_values, 2), (stages.meet, 0)],
+    )  # fmt: skip
 
-    def prepare(n):
-        """Weights and decays of a group of heads."""
-        number, first = chunk.of_step(n, step)
-        slot = chunk.slot(n)
-        for block in blocks(length):
-            of_heads, since, until = of_decays.of_block(number, first, block)
-            for h, between in enumerate(of_heads):
-                weight = chunk.weights(scores[number, 0 if pack.shared else first + h, block], block, between)
-                weights[slot, h * length + block.start : h * length + block.stop] = weight.astype(chunk.dtype)
-                if chunk.decay == "token":
-                    betweens[slot, h, block] = between.astype(chunk.dtype)
-            if chunk.decay == "token":
-                decays[slot, 0, block], decays[slot, 1, block] = since, until
-        for h in range(chunk.together if chunk.tiles > 1 else 0):  # used more than once
-            weights_turned[slot, h] = weights[slot, h * length : (h + 1) * length].T
-        if chunk.decay == "token":
-            total[slot] = of_decays.total(number, first)
 
-    def add(ref, at, x, begins):
-        """Adds, but for the first to what may be anything."""
-        ref[at] = x if begins is True else jnp.where(begins, x, x + ref[at])
+class _Stages:
+    """What is done with a pack, one stage after another; each is called with the pack's number."""
 
-    def prepare_tile(m):
-        prepare_from(m, d_o, 0, outs, reads)
-        prepare_from(m, tokens.v, 1, values_apart, writes)
+    def __init__(self, chunk, given, scratch):
+        self.chunk, self.given, self.scratch, self.pack = chunk, given, scratch, chunk.pack
+        self.step = given.d_state.shape[0]
+        self.decays = Decays(chunk, given.fixed, given.rows, scratch.columns)
+        self.sums = Sums(chunk, self.decays, scratch.sums)
 
-    def prepare_from(m, given, what, below, decayed):
-        """Of d_o, or of the values: the heads below one another, and what is decayed since or until."""
-        n, number, first, _, at = chunk.of_tile(m, step)
-        write(below, chunk.apart(given[:, at]))
-        for block in blocks(length):
-            found = given[block, at]
-            if chunk.decay == "head":
-                found = found.astype(jnp.float32) * spread(of_decays.of_table(number, first, what, block), chunk.tile)
-            if chunk.decay == "token":
-                found = found.astype(jnp.float32) * spread(decays[chunk.slot(n), what, block], chunk.tile)
-            write(decayed.at[m % 2, :, block], found)
+    def keys(self, number):
+        return part(number, self.pack.keys, self.step)
 
-    def of_tile(m):
-        """The products of a tile."""
-        n, number, first, lanes, at = chunk.of_tile(m, step)
-        slot = chunk.slot(n)
-        _, _, kept = chunk.decays_of(of_decays, decays, total, slot, number, first)
-        decayed = kept is not None
-        d_reads, written = reads.at[m % 2], writes.at[m % 2]
-        first_of_heads = True if chunk.tiles == 1 else m % chunk.tiles == 0
-        first_of_pack = m == 0 if step == 1 else m % (chunk.groups * chunk.tiles) == 0
+    def prepare(self, number):
+        """What reads and writes states."""
+        tokens, scratch = self.given.tokens, self.scratch
+        for block in blocks(self.chunk.length):
+            q, k = (x[block, self.keys(number)].astype(jnp.float32) for x in (tokens.q, tokens.k))
+            q = q * self.chunk.scale
+            since, until = self.decays.of_keys(number, block)
+            write(scratch.queries.at[number, :, block], q)
+            write(scratch.reads.at[number, :, block], q if since is None else q * since)
+            write(scratch.writes.at[number, :, block], k if until is None else k * until)
+        scratch.turned[number] = read(scratch.reads.at[number]).T
 
-        # Every operand is read where it is used, and not kept for where it is used again
-        d_out = read(outs) if chunk.together == 1 else d_o[:, at]
-        found = chunk.product(d_out, read(values_apart), (1, 1))
-        for h in range(chunk.together):
-            add(d_weights, (slot, h), found[:, h * length : (h + 1) * length], first_of_heads)
-        add(dq, number, chunk.product(read(d_reads), before[number, :, lanes], (1, 1)), first_of_pack)
-        if decayed:
-            found_values[2] = chunk.product(read(query.at[number]), before[number, :, lanes], (1, 0))
-        if chunk.tiles > 1:
-            found_values[0] = chunk.product(read(weights_turned.at[slot]), read(outs), (1, 0))
-        else:
-            found_values[0] = chunk.product(weights[slot], read(outs), (0, 0))
-        found_values[1] = chunk.product(read(all_keys.at[number]), rounded[number, :, lanes], (1, 0))
-        add(dk, number, chunk.product(read(written), rounded[number, :, lanes], (1, 1)), first_of_pack)
-        if decayed:
-            found = _fold(chunk, d_state[number, :, lanes] * before[number, :, lanes].astype(jnp.float32))
-            found = jnp.sum(found, axis=0, keepdims=True)
-            add(d_last, slot, found if chunk.decay == "head" else found * kept[:, : chunk.lanes], first_of_heads)
-        d_now, d_after = chunk.product(turned[number], read(d_reads), (1, 0)), d_state[number, :, lanes]
-        d_now = chunk.within_heads(d_now + (d_after * kept if decayed else d_after), lanes)
-        d_state[number, :, lanes], rounded[number, :, lanes] = d_now, d_now.astype(chunk.dtype)
+    def meet(self, number):
+        """Products of tokens with tokens; first of all, so that decays are there for what follows."""
+        chunk, tokens, scratch = self.chunk, self.given.tokens, self.scratch
+        self.decays.turn(number)
+        for group in range(chunk.groups):
+            lanes = part(number * chunk.groups + group, chunk.together * self.pack.value, self.step * chunk.groups)
+            found = chunk.product(self.given.d_o[:, lanes], chunk.apart(tokens.v[:, lanes]), (1, 1))
+            for h in range(chunk.together):
+                of_head = found[:, h * chunk.length : (h + 1) * chunk.length]
+                scratch.d_weights[number, group * chunk.together + h] = of_head
+        for head in range(self.pack.heads):
+            scratch.scores[number, head] = chunk.scores(number, head, self.given.fixed, tokens)
 
-    def finish_tile(m):
-        """From a tile's products: the gradients of its values and of since and until."""
-        n, number, first, _, at = chunk.of_tile(m, step)
-        slot, table, last = chunk.slot(n), chunk.decay == "head", jnp.zeros((1, chunk.lanes), jnp.float32)
-        first_of_heads = True if chunk.tiles == 1 else m % chunk.tiles == 0
-        for block in blocks(length):
-            d_written = found_values[1, block]
-            if chunk.decay != "none":
-                # Of the decays themselves where they are a table, else of their logarithms
-                of_since = d_o[block, at] if table else read(reads.at[m % 2, :, block])
-                of_since = _fold(chunk, found_values[2, block] * of_since.astype(jnp.float32))
-                of_until = tokens.v[block, at] if table else read(writes.at[m % 2, :, block])
-                of_until = _fold(chunk, d_written * of_until.astype(jnp.float32))
-                if table or chunk.exclusive:
-                    add(moved, (slot, 0, block), of_since, first_of_heads)
-                    add(moved, (slot, 1, block), of_until, first_of_heads)
-                else:
-                    add(moved, (slot, 0, block), of_since - of_until, first_of_heads)
-                if not table:
-                    last += jnp.sum(of_until, axis=0, keepdims=True)
-                until = of_decays.of_table(number, first, 1, block) if table else decays[slot, 1, block]
-                d_written *= spread(until, chunk.tile)
-            d_tokens.v[block, at] = (found_values[0, block] + d_written).astype(d_tokens.v.dtype)
-        if chunk.decay == "token":
-            d_last[slot] += last
-
-    def finish(n, slot):
-        """From the gradients of the weights of a group of heads: those of scores and decays."""
-        number, first = chunk.of_step(n, step)
-        for h in range(chunk.together):
-            head, own = first + h, None
-            key = 0 if pack.shared else head
-            down = jnp.zeros((1, length), jnp.float32)
-            for block in blocks(length):
-                d_weight = d_weights[slot, h, block]
-                if chunk.decay == "none":
-                    add_score(number, key, block, d_weight)
-                    continue
-                if chunk.decay == "token":
-                    between = betweens[slot, h, block].astype(jnp.float32)
-                else:
-                    between = fixed.between[number, of_decays.rows_of_table(0, head, block)]
-                score = scores[number, key, block]
+    def weigh(self, number):
+        """Weights, and the gradients of scores and of decays between tokens."""
+        chunk, scratch = self.chunk, self.scratch
+        weights = [[] for _ in range(self.pack.heads)]
+        for block in blocks(chunk.length):
+            owns = []
+            for head in range(self.pack.heads):
+                at = number, head, block
+                score, d_weight, between = scratch.scores[at], scratch.d_weights[at], self.decays.between(*at)
+                weights[head].append(chunk.weights(score, block, between).astype(chunk.dtype))
+                i = jax.lax.broadcasted_iota(jnp.int32, score.shape, 0) + block.start
+                j = jax.lax.broadcasted_iota(jnp.int32, score.shape, 1)
+                d_score = d_weight if between is None else d_weight * between
+                if chunk.decay != "head":  # of which those between tokens that are not seen are 0
+                    d_score = jnp.where(i > j if chunk.exclusive else i >= j, d_score, 0.0)
+                scratch.d_scores[at] = d_score.astype(chunk.dtype)
                 if chunk.exclusive:
-                    i = jax.lax.broadcasted_iota(jnp.int32, score.shape, 0) + block.start
-                    own = i == jax.lax.broadcasted_iota(jnp.int32, score.shape, 1)
-                d_score = d_weight * between
-                add_score(number, key, block, d_score if own is None else jnp.where(own, d_weight, d_score))
+                    own = jnp.sum(jnp.where(i == j, d_weight, 0.0), axis=1, keepdims=True)
+                    owns.append(jnp.broadcast_to(own, (own.shape[0], LANES)))
                 if chunk.decay == "head":
                     d_between = d_weight * score
-                    d_between = d_between if own is None else jnp.where(own, 0.0, d_between)
-                    d_fixed.between[number, of_decays.rows_of_table(0, head, block)] += d_between
-                    continue
-                flow = d_score * score
-                flow = flow if own is None else jnp.where(own, 0.0, flow)
-                down += jnp.sum(flow, axis=0, keepdims=True)
-                column = _lane_sum(flow, _of_head(chunk, h, moved[slot, 0, block]))
-                write_column(number, int(chunk.exclusive), head, block, column)
-                if chunk.exclusive:
-                    write_column(number, 0, head, block, -_lane_sum(_of_head(chunk, h, moved[slot, 1, block])))
-            if chunk.decay == "token":
-                lane = jax.lax.broadcasted_iota(jnp.int32, down.shape, 1)
-                row = jnp.where(lane == length - 1, _lane_sum(_of_head(chunk, h, d_last[slot])), 0.0) - down
-                d_rows[number, pl.ds(of_decays.at(of_decays.parts - 1, head), 1)] = row
-        if chunk.decay == "head":
-            _add_tables(chunk, of_decays, d_fixed, number, first, moved.at[slot], d_last[slot])
-
-    def add_score(number, key, block, x):
-        d_scores[number, key, block] = x + d_scores[number, key, block] if pack.shared else x
-
-    def write_column(number, table, head, block, x):
-        tile, lane = (0, head) if d_columns.shape[2] == 1 else (head // LANES, head % LANES)
-        at = number, table, tile, block
-        lanes = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
-        d_columns[at] = jnp.where(lanes == lane, x, d_columns[at])
-
-    def turn(m):
-        # Three tiles at once: what a first gave, a second's products, and the operands of a third
-        finish_tile(jnp.maximum(m - 1, 0))
-        if chunk.tiles == 1:
-            finish(jnp.maximum(m - 1, 0), chunk.slot(m + 1))
-        of_tile(m)
-        following = jnp.minimum(m + 1, count * chunk.tiles - 1)
-        if chunk.tiles == 1:
-            prepare(following)
-        prepare_tile(following)
-
-    def prepare_first(groups):
-        if chunk.tiles == 1:  # as if there had been a tile before the first
-            for ref in (betweens, d_weights, moved, d_last):
-                ref[1] = jnp.zeros_like(ref[1])
-        if pack.shared and 0 in groups:
-            d_scores[...] = jnp.zeros_like(d_scores)
-        for n in groups:
-            prepare(n)
-
-    for number in range(step):
-        alone(functools.partial(begin, number))
-    for groups in pairs(count if chunk.tiles > 1 else 1):
-        alone(functools.partial(prepare_first, groups))
-    alone(lambda: prepare_from(0, d_o, 0, outs, reads))
-    alone(lambda: prepare_from(0, tokens.v, 1, values_apart, writes))
-
-    each(count * chunk.tiles, turn)
-    alone(lambda: finish_tile(count * chunk.tiles - 1))
-
-    def finish_last(groups):
-        for n in groups:
-            finish(n, chunk.slot(n))
-
-    for groups in pairs(count) if chunk.tiles > 1 else [[count - 1]]:
-        alone(functools.partial(finish_last, groups))
-    for of_scores in (_mask_scores, _of_scores, _write_keys):
-        of_scores = functools.partial(of_scores, chunk, fixed, query, all_keys, d_scores, masked, dq, dk)
-        alone(functools.partial(of_scores, d_fixed, d_tokens))
-    if chunk.decay == "token":
-        alone(functools.partial(_turn_back, chunk, of_decays, d_columns, d_rows))
-
-
-def _mask_scores(chunk, fixed, query, all_keys, d_scores, masked, dq, dk, d_fixed, d_tokens):
-    """Gradients of the scores of what is seen, and with a bonus of what a token reads of itself."""
-    for number in range(d_scores.shape[0]):
-        for head in range(chunk.keyed):
-            for block in blocks(chunk.length):
-                found = d_scores[number, head, block]
-                i = jax.lax.broadcasted_iota(jnp.int32, found.shape, 0) + block.start
-                j = jax.lax.broadcasted_iota(jnp.int32, found.shape, 1)
-                seen = i > j if chunk.exclusive else i >= j
-                masked[number, head, 0, block] = jnp.where(seen, found, 0.0).astype(chunk.dtype)
-                if chunk.exclusive:
-                    masked[number, head, 1, block] = jnp.where(i == j, found, 0.0).astype(chunk.dtype)
-
-
-def _of_scores(chunk, fixed, query, all_keys, d_scores, masked, dq, dk, d_fixed, d_tokens):
-    """What scores give to the gradients of queries, keys and the bonus."""
-    pack = chunk.pack
-    for number in range(d_scores.shape[0]):
-        for head in range(chunk.keyed):
-            seen, keys = masked[number, head, 0], read(all_keys.at[number])
-            queries = pack.of_keys(head, read(query.at[number]))
-            dq[number] += pack.of_keys(head, chunk.product(seen, keys, (1, 0)))
-            dk[number] += chunk.product(seen, queries, (0, 0))
+                    d_between = jnp.where(i == j, 0.0, d_between) if chunk.exclusive else d_between
+                    self.given.d_fixed.between[number, self.decays.rows_of_table(0, head, block)] += d_between
             if chunk.exclusive:
-                own, bonus = masked[number, head, 1], fixed.bonus[number]
-                of_keys = pack.of_keys(head, chunk.product(own, keys, (1, 0)))
-                queries = queries.astype(jnp.float32)
-                dq[number] += of_keys * bonus
-                dk[number] += chunk.product(own, queries * bonus, (0, 0))
-                d_fixed.bonus[number] += jnp.sum(of_keys * queries, axis=0, keepdims=True)
+                scratch.own[number, block] = self.decays.by_head(owns, self.pack.key, self.pack.keys)
+        for head, parts in enumerate(weights):
+            scratch.weights[number, head] = jnp.concatenate(parts).T
+            scratch.d_scores_turned[number, head] = scratch.d_scores[number, head].T
 
+    def of_keys(self, number):
+        chunk, given, scratch, pack = self.chunk, self.given, self.scratch, self.pack
+        values = part(number, pack.values, self.step)
+        scratch.from_state[number, 0] = chunk.product(given.d_o[:, values], given.before[number], (1, 1))
+        scratch.from_state[number, 1] = chunk.product(given.tokens.v[:, values], scratch.rounded[number], (1, 1))
+        scratch.dv[number] = chunk.product(read(scratch.writes.at[number]), scratch.rounded[number], (1, 0))
+        queries, keys = read(scratch.queries.at[number]), given.tokens.k[:, self.keys(number)]
+        dq = dk = 0.0
+        for head in range(pack.heads):
+            d_scores = scratch.d_scores[number, head]
+            dq += chunk.product(d_scores, pack.of_keys(head, keys), (1, 0))
+            dk += chunk.product(scratch.d_scores_turned[number, head], pack.of_keys(head, queries), (1, 0))
+        scratch.from_tokens[number, 0], scratch.from_tokens[number, 1] = dq, dk
 
-def _write_keys(chunk, fixed, query, all_keys, d_scores, masked, dq, dk, d_fixed, d_tokens):
-    step = d_scores.shape[0]
-    for number in range(step):
-        at = part(number, chunk.pack.keys, step)
+    def of_totals(self, number):
+        """The gradients of what states are decayed by."""
+        chunk, given = self.chunk, self.given
+        for tile in range(chunk.groups * chunk.tiles if chunk.decay != "none" else 0):
+            group, (lanes, _) = tile // chunk.tiles, self.tile(number, tile)
+            found = given.d_state[number, :, lanes] * given.before[number, :, lanes].astype(jnp.float32)
+            found = jnp.sum(fold(found, chunk.lanes), axis=0, keepdims=True)
+            d_last = self.scratch.d_last.at[number, group]
+            d_last[...] = found if tile % chunk.tiles == 0 else found + d_last[...]
+
+    def tile(self, number, tile):
+        """Lanes of a tile of values, among those of the pack and of all."""
+        tiles = self.chunk.groups * self.chunk.tiles
+        return part(tile, self.chunk.tile, tiles), part(number * tiles + tile, self.chunk.tile, self.step * tiles)
+
+    def of_values(self, number):
+        """What goes by lanes of values: their gradients, and the cotangent of the state before the chunk."""
+        chunk, given, scratch = self.chunk, self.given, self.scratch
+        for tile in range(chunk.groups * chunk.tiles):
+            group, (lanes, at) = tile // chunk.tiles, self.tile(number, tile)
+            heads = range(group * chunk.together, (group + 1) * chunk.together)
+            if chunk.together == 1:  # the same operand for both
+                weights = jnp.concatenate([scratch.weights[number, group], scratch.turned[number]])
+                found = chunk.product(weights, given.d_o[:, at], (1, 0))
+                dv, now = found[: chunk.length], found[chunk.length :]
+            else:
+                weights = side_by_side([scratch.weights[number, head] for head in heads])
+                dv = chunk.product(weights, chunk.apart(given.d_o[:, at]), (1, 0))
+                now = chunk.product(scratch.turned[number], given.d_o[:, at], (1, 0))
+            given.d_tokens.v[:, at] = (dv + scratch.dv[number, :, lanes]).astype(given.d_tokens.v.dtype)
+            after = given.d_state[number, :, lanes]
+            if chunk.decay != "none":
+                after = after * spread(self.decays.total(number, group * chunk.together), chunk.tile)
+            now = chunk.within_heads(now + after, lanes)
+            given.d_state[number, :, lanes], scratch.rounded[number, :, lanes] = now, now.astype(chunk.dtype)
+
+    def finish(self, number):
+        """The gradients of queries and keys, and those of decays that come from them."""
+        chunk, given, scratch, pack = self.chunk, self.given, self.scratch, self.pack
+        at, last = self.keys(number), 0.0
         for block in blocks(chunk.length):
-            d_tokens.q[block, at] = (dq[number, block] * chunk.scale).astype(d_tokens.q.dtype)
-            d_tokens.k[block, at] = dk[number, block].astype(d_tokens.k.dtype)
+            q = read(scratch.queries.at[number, :, block]).astype(jnp.float32)
+            k = given.tokens.k[block, at].astype(jnp.float32)
+            dq, dk = scratch.from_state[number, 0, block], scratch.from_state[number, 1, block]
+            if chunk.decay == "head":
+                self.add_tables(number, 0, block, q * dq)
+                self.add_tables(number, 1, block, k * dk)
+            since, until = self.decays.of_keys(number, block)
+            dq, dk = (dq, dk) if since is None else (dq * since, dk * until)
+            if chunk.decay == "token":
+                last += jnp.sum(k * dk, axis=0, keepdims=True)
+            dq, dk = dq + scratch.from_tokens[number, 0, block], dk + scratch.from_tokens[number, 1, block]
+            if chunk.decay == "token":
+                self.put_sums(number, block, q * dq, k * dk)
+            if chunk.exclusive:
+                own, bonus = scratch.own[number, block], given.fixed.bonus[number]
+                dq, dk = dq + own * k * bonus, dk + own * q * bonus
+                given.d_fixed.bonus[number] += jnp.sum(own * q * k, axis=0, keepdims=True)
+            given.d_tokens.q[block, at] = (dq * chunk.scale).astype(given.d_tokens.q.dtype)
+            given.d_tokens.k[block, at] = dk.astype(given.d_tokens.k.dtype)
+        if chunk.decay == "head":
+            self.add_totals(number)
+        if chunk.decay == "token":
+            self.write_rows(number, last)
 
+    def add_tables(self, number, what, block, x):
+        """To the gradients of a table: x, in the lanes of keys."""
+        for head in range(self.pack.heads):
+            rows = self.decays.rows_of_table(what, head, block)
+            for found in pieces(self.pack.of_keys(head, x)):
+                self.given.d_fixed.wide[number, rows, : found.shape[1]] += found
 
-def _add_tables(chunk, of_decays, d_fixed, number, first, moved, d_last):
-    def add(what, head, block, x):
-        at = of_decays.rows_of_table(what, head, block)
-        for start in range(0, chunk.lanes, LANES):  # the tables have 128, alike
-            lanes = slice(0, min(LANES, chunk.lanes - start))
-            d_fixed.wide[number, at, lanes] += x[:, start : start + lanes.stop]
+    def add_totals(self, number):
+        for head in range(self.pack.heads):
+            rows = self.decays.rows_of_table(2, head, slice(0, 1))
+            of_group = self.scratch.d_last[number, head // self.chunk.together]
+            for found in pieces(self.of_head(head, of_group)):
+                self.given.d_fixed.wide[number, rows, : found.shape[1]] += found
 
-    for h in range(chunk.together):
-        for what in range(2):
-            for block in blocks(chunk.length):
-                add(what, first + h, block, _of_head(chunk, h, moved[what, block]))
-        row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, chunk.lanes), 0)
-        add(2, first + h, slice(0, SUBLANES), jnp.where(row == 0, _of_head(chunk, h, d_last), 0.0))
+    def of_head(self, head, x):
+        """x, in the lanes of values of a group of heads, but 0 outside of those of one of them."""
+        if self.chunk.together == 1:
+            return x
+        start = head % self.chunk.together * self.pack.value
+        lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        return jnp.where((lane >= start) & (lane < start + self.pack.value), x, 0.0)
 
+    def put_sums(self, number, block, of_reads, of_writes):
+        heads = range(self.pack.heads)
+        of_reads, of_writes = ([self.pack.of_keys(head, x) for head in heads] for x in (of_reads, of_writes))
+        if self.chunk.exclusive:
+            tables = [-x for x in of_writes], of_reads
+        else:
+            tables = ([x - y for x, y in zip(of_reads, of_writes, strict=True)],)
+        for table, of_heads in enumerate(tables):
+            found = [jnp.sum(x, axis=1, keepdims=True) for x in of_heads]
+            self.sums.put(number, table, 0, block, found)
 
-def _turn_back(chunk, of_decays, d_columns, d_rows):
-    for number in range(d_rows.shape[0]):
-        for table in range(of_decays.tables):
-            for tile in range(d_columns.shape[2]):
-                heads = min(LANES, chunk.pack.heads - tile * LANES)
-                start = of_decays.at((table + 1) * of_decays.parts - 1, tile * LANES)
-                d_rows[number, start : start + heads] += d_columns[number, table, tile].T[:heads]
-
-
-def _of_head(chunk, h, x):
-    """x `[., lanes]`, but 0 outside of the lanes of one of the heads that stand together."""
-    if chunk.together == 1:
-        return x
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where((lane >= h * chunk.pack.value) & (lane < (h + 1) * chunk.pack.value), x, 0.0)
-
-
-def _lane_sum(*parts):
-    """The sum over the lanes of all, `[., 1]`."""
-    if len({x.shape for x in parts}) <= 1:
-        return jnp.sum(sum(parts[1:], parts[0]), axis=1, keepdims=True)
-    return sum(jnp.sum(x, axis=1, keepdims=True) for x in parts)
-
-
-def _fold(chunk, x):
-    """The sum of the registers that lie beside one another, where all are of one head."""
-    if chunk.together > 1 or x.shape[1] % LANES:
-        return x
-    return sum((x[:, start : start + LANES] for start in range(LANES, x.shape[1], LANES)), x[:, :LANES])
+    def write_rows(self, number, last):
+        chunk, d_rows = self.chunk, self.given.d_rows
+        end, found = slice(chunk.length - SUBLANES, chunk.length), []
+        row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0)
+        for head in range(self.pack.heads):
+            group = head // chunk.together
+            of_states = self.scratch.d_last[number, group] * self.decays.total(number, group * chunk.together)
+            parts = self.pack.of_keys(head, last), self.of_head(head, of_states)
+            of_head = sum(jnp.sum(x, axis=1, keepdims=True) for x in parts)
+            found.append(jnp.where(row == SUBLANES - 1, of_head, 0.0))
+        self.sums.put(number, 0, 0, end, found, add=True)
+        d_rows[number] = jnp.zeros_like(d_rows[number])
+        self.sums.add_to(d_rows, number)

@@ -56,15 +56,46 @@ class Decays:
             return betweens, *(self.of_table(pack, first, what, block) for what in range(2))
         betweens, readings, lefts = [], [], []
         for n in heads:
-            numbers = range(self.tables * self.parts)
-            sums = [self.column(pack, number, first + n, block) for number in numbers]
-            reading, gone = sums[-self.parts :], sums[: self.parts]
-            lying = [self.row(pack, number, first + n) for number in numbers[: self.parts]]
-            passed = _sum([spread(r, g.shape[1]) - g for r, g in zip(reading, lying, strict=True)])
-            betweens.append(self.exp(jnp.minimum(passed, 0.0)))  # above it are tokens that are not seen
+            reading, gone = self.sums(pack, first + n, block)
+            betweens.append(self.exp(jnp.minimum(self.passed(pack, first + n, reading), 0.0)))
             readings.append(_sum(reading))
-            lefts.append(_sum([last - g for last, g in zip(self.last(pack, first + n), gone, strict=True)]))
+            lefts.append(self.left(pack, first + n, gone))
         return betweens, self.exp(self.by_head(readings)), self.exp(self.by_head(lefts))
+
+    def between(self, pack, head, block):
+        """Of some tokens (lines) and one head, `[., C]`; of tokens that are not seen anything up to 1."""
+        if self.kind == "none":
+            return None
+        if self.kind == "head":
+            return self.fixed.between[pack, self.rows_of_table(0, head, block)]
+        reading, _ = self.sums(pack, head, block)
+        return self.exp(jnp.minimum(self.passed(pack, head, reading), 0.0))
+
+    def of_keys(self, pack, block):
+        """since and until of some tokens and all heads of a pack, each in the lanes of its keys; or None."""
+        heads, of_pack = range(self.chunk.pack.heads), (self.chunk.pack.key, self.chunk.pack.keys)
+        if self.kind == "none":
+            return None, None
+        if self.kind == "head":
+            tables = ([self.fixed.wide[pack, self.rows_of_table(what, h, block)] for h in heads] for what in range(2))
+            return tuple(self.by_head(of_heads, *of_pack) for of_heads in tables)
+        sums = [self.sums(pack, h, block) for h in heads]
+        readings = [_sum(reading) for reading, _ in sums]
+        lefts = [self.left(pack, h, gone) for h, (_, gone) in zip(heads, sums, strict=True)]
+        return tuple(self.exp(self.by_head(of_heads, *of_pack)) for of_heads in (readings, lefts))
+
+    def sums(self, pack, head, block):
+        """In parts: of what reads and of what is decayed, `[., 128]`, alike in all lanes."""
+        sums = [self.column(pack, number, head, block) for number in range(self.tables * self.parts)]
+        return sums[-self.parts :], sums[: self.parts]
+
+    def passed(self, pack, head, reading):
+        """From what is decayed to what reads; above 0 it is between tokens that do not see one another."""
+        lying = (self.row(pack, number, head) for number in range(self.parts))
+        return _sum([spread(r, g.shape[1]) - g for r, g in zip(reading, lying, strict=True)])
+
+    def left(self, pack, head, gone):
+        return _sum([last - g for last, g in zip(self.last(pack, head), gone, strict=True)])
 
     def of_table(self, pack, first, what, block):
         heads = range(first, first + self.chunk.together) if isinstance(first, int) else (
@@ -102,13 +133,15 @@ class Decays:
         start = (what * self.chunk.pack.heads + head) * length + block.start
         return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, SUBLANES), block.stop - block.start)
 
-    def by_head(self, of_heads):
-        """One for each head, alike in all lanes, to `[., lanes]`, in a head's lanes its own."""
-        of_heads = [spread(x, self.chunk.lanes) for x in of_heads]
+    def by_head(self, of_heads, each=None, width=None):
+        """One for each head, alike in all lanes, to one with, in the lanes of a head, its own. each: lanes of a head,
+        by default of its values; width: of all, by default of a tile of values."""
+        each = self.chunk.pack.value if each is None else each
+        of_heads = [spread(x, self.chunk.lanes if width is None else width) for x in of_heads]
         found = of_heads[0]
         for n, x in enumerate(of_heads[1:], 1):
             lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-            found = jnp.where(lane >= n * self.chunk.pack.value, x, found)
+            found = jnp.where(lane >= n * each, x, found)
         return found
 
 

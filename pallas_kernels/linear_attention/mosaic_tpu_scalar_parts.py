@@ -1,5 +1,8 @@
 """References with parts beside one another, and loops over parts (see `mosaic_tpu_blocks`)."""
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
@@ -8,6 +11,20 @@ from pallas_kernels.mosaic_tpu_chunks import LANES
 from pallas_kernels.mosaic_tpu_packs import side_by_side
 
 LINES = 32
+
+
+class Given(NamedTuple):
+    """What `mosaic_tpu_chunks.Chunk.backward` is given."""
+
+    fixed: Any
+    before: Any
+    tokens: Any
+    rows: Any
+    d_state: Any
+    d_o: Any
+    d_fixed: Any
+    d_tokens: Any
+    d_rows: Any
 
 
 def beside(width: int, *shape: int, dtype):
@@ -57,15 +74,17 @@ def pairs(count: int) -> list[range]:
     return [range(n, min(n + 2, count)) for n in range(0, count, 2)]
 
 
-def in_lockstep(alone: Blocks, at_once: int, count: int, stages) -> None:
-    """Every stage of 0 .. count - 1, `at_once` in a block. stages: (a function of the number, by how many blocks it
-    comes later), in the order in which they stand in a block."""
+def in_lockstep(alone: Blocks, at_once: int, count: int, *blocks) -> None:
+    """Every stage of 0 .. count - 1, in rounds of `at_once` of them. blocks: what a round consists of, each the stages
+    that stand in a block, in their order: (a function of the number, by how many rounds it comes later)."""
     parts = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 
-    def block(number):
+    def run(stages, turn):
         for body, later in stages:
-            for n in parts[number - later] if 0 <= number - later < len(parts) else ():
+            for n in parts[turn - later] if 0 <= turn - later < len(parts) else ():
                 body(n)
 
-    for number in range(len(parts) + max(later for _, later in stages)):
-        alone(lambda number=number: block(number))
+    for turn in range(len(parts) + max(later for stages in blocks for _, later in stages)):
+        for stages in blocks:
+            if any(0 <= turn - later < len(parts) for _, later in stages):
+                alone(functools.partial(run, stages, turn))

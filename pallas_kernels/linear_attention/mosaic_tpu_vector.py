@@ -23,10 +23,11 @@ from pallas_kernels.linear_attention.mosaic_tpu_vector_factors import (
     make_factors,
     of_head,
     part,
-    scores_of_pack,
     unit_of,
     unit_of_keys,
 )
+from pallas_kernels.linear_attention.mosaic_tpu_vector_scores import scores_of_pack
+from pallas_kernels.mosaic_tpu_blocks import Blocks
 from pallas_kernels.mosaic_tpu_chunks import LANES, divisor
 from pallas_kernels.mosaic_tpu_packs import Pack, spread
 
@@ -65,7 +66,8 @@ class Vector:
         pack, (step, keys, values) = self.pack, state.shape
         *factors, scores = scratch
         factors = Factors(*factors)
-        make_factors(self, step, tokens, rows, factors)
+        alone = Blocks()
+        make_factors(self, step, tokens, rows, factors, alone)
         unit = unit_of_keys(pack)
         units = keys // unit
 

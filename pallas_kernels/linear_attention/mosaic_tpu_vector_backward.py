@@ -18,34 +18,36 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.linear_attention.mosaic_tpu_scalar_parts import in_lockstep
 from pallas_kernels.linear_attention.mosaic_tpu_vector_factors import (
     ROWS,
     SUBLANES,
     Factors,
     all_units,
+    at_once,
     blocks_of_heads,
     dot,
     make_factors,
     nought,
     of_head,
     part,
-    scores_of_pack,
     select_seconds,
     unit_of,
     unit_of_keys,
 )
+from pallas_kernels.linear_attention.mosaic_tpu_vector_scores import scores_of_pack
 from pallas_kernels.linear_attention.reference import as_log_decay
+from pallas_kernels.mosaic_tpu_blocks import Blocks
 from pallas_kernels.mosaic_tpu_chunks import LANES
 from pallas_kernels.mosaic_tpu_packs import spread
 
 
 class Scratch(NamedTuple):
-    """scores: `[step, C (i), heads x C (j)]`, what is read at i of j (turned: turned). parting: `[step, halvings,
-    C, heads x C]`, D where the pairs part. own: `[step, 2, C, heads x C]`, what is in D below the diagonal, and above
-    it. dq, dk: `[units, C, unit]`. after: `[units, 8, unit]`, of the log decays, from what comes after. decayed:
-    `[step, keys, .]`, the state before the chunk times the cotangent of that after it,
-    in part summed over the values. later: which tokens
-    are not sooner."""
+    """scores: `[step, C (i), heads x C (j)]`, what is read at i of j (turned: turned). parting: `[step, halvings, C,
+    heads x C]`, D where the pairs part. own: `[step, 2, C, heads x C]`, what is in D below the diagonal, and above it.
+    dq, dk: `[units, C, unit]`. after: `[units, 8, unit]`, of the log decays, from what comes after. decayed: `[step,
+    keys, .]`, the state before the chunk times the cotangent of that after it, in part summed over the values. later:
+    which tokens are not sooner."""
 
     scores: Any
     turned: Any
@@ -90,27 +92,24 @@ def backward(chunk, fixed, before, tokens, rows, d_state, d_o, d_fixed, d_tokens
         row, column = (jax.lax.broadcasted_iota(jnp.int32, mine.later.shape, axis) for axis in (0, 1))
         mine.later[...] = jnp.where((column & (ROWS - 1)) >= row, 1.0, 0.0).astype(mine.later.dtype)
 
-    make_factors(chunk, step, tokens, rows, factors)
+    alone = Blocks()
+    make_factors(chunk, step, tokens, rows, factors, alone)
 
-    @pl.loop(0, step)
-    def _(p):
+    def scores(p):
         mine.scores[p] = scores_of_pack(chunk, p, units, fixed, tokens, factors).astype(chunk.dtype)
         for n in range(units):
             factors.turned[p * units + n] = factors.since[p * units + n].T
             total = factors.total[p * units + n, :1]
             factors.wide[p * units + n] = jnp.broadcast_to(total, (LANES, unit)).T
 
-    @pl.loop(0, step)
-    def _(p):
+    def cotangents(p):
         mine.turned[p] = mine.scores[p].T
         mine.own[p, 0], mine.own[p, 1] = _cotangents_of_scores(chunk, tokens.v, d_o, part(p, values, step * values))
 
-    @pl.loop(0, step * length // ROWS)
-    def _(n):
+    def parting(n):
         _part(n // (length // ROWS), part(n % (length // ROWS), ROWS, length), n % (length // ROWS) * ROWS, mine)
 
-    @pl.loop(0, step * units)
-    def _(n):
+    def of_states(n):
         p = n // units
         lanes, inner = part(p, values, step * values), part(n % units, unit, keys)
         old, now = before[p, inner, :], d_state[p, inner, :]
@@ -120,12 +119,11 @@ def backward(chunk, fixed, before, tokens, rows, d_state, d_o, d_fixed, d_tokens
         mine.after[n] = jnp.broadcast_to(jnp.sum(k * dk, axis=0, keepdims=True), mine.after.shape[1:])
         mine.dq[n], mine.dk[n] = dq, dk
 
-    @pl.loop(0, step * count)
-    def _(n):
+    def of_values(n):
         p, lanes, inner = n // count, part(n, width, step * values), part(n % count, width, values)
         cotangent, now = d_o[:, lanes].astype(chunk.dtype), d_state[p, :, inner]
         decayed = before[p, :, inner].astype(jnp.float32) * now
-        decayed = decayed + jnp.where(n % count == 0, 0.0, mine.decayed[p])
+        decayed = decayed if n % count == 0 else decayed + mine.decayed[p]
         written = dot(all_units(factors.until, p, units), now.astype(chunk.dtype), (1, 0))
         states = []
         for m in range(units):
@@ -139,16 +137,22 @@ def backward(chunk, fixed, before, tokens, rows, d_state, d_o, d_fixed, d_tokens
         for m in range(units):
             d_state[p, m * unit : (m + 1) * unit, inner] = states[m]
 
-    @pl.loop(0, step * units)
-    def _(n):
+    def of_factors(n):
         _of_factors(chunk, n, units, factors, mine)
 
+    in_lockstep(alone, 2, step, [(scores, 0)])
+    in_lockstep(alone, 2, step, [(cotangents, 0)])
+    in_lockstep(alone, 1, step * length // ROWS, [(parting, 0)])
+    in_lockstep(alone, at_once(pack), step * units, [(of_states, 0)])
+    in_lockstep(alone, at_once(pack), step * count, [(of_values, 0)])
+    in_lockstep(alone, at_once(pack), step * units, [(of_factors, 0)])
     for start in reversed(range(0, length, ROWS)):
 
-        @pl.loop(0, step * units)
-        def _(n, at=slice(start, start + ROWS)):
+        def of_tokens(n, at=slice(start, start + ROWS)):
             lanes = part(n, unit, step * keys)
             _of_tokens(chunk, n, units, at, lanes, fixed, tokens, rows, d_fixed, d_tokens, factors, mine)
+
+        in_lockstep(alone, 1, step * units, [(of_tokens, 0)])
 
 
 def _cotangents_of_scores(chunk, v, d_o, lanes):

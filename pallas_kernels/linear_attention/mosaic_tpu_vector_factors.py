@@ -25,11 +25,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import mosaic_tpu_blocks
+from pallas_kernels.linear_attention.mosaic_tpu_scalar_parts import in_lockstep
+from pallas_kernels.mosaic_tpu_blocks import SUBLANES, Blocks, registers, swap
 from pallas_kernels.mosaic_tpu_chunks import LANES
 
 ROWS = 64  # tokens whose factors are made at once
-SUBLANES = 8  # of a register
-PACKED = 16  # rows of bfloat16 of a register
 
 
 class Tokens(NamedTuple):
@@ -91,14 +92,18 @@ def unit_of_keys(pack: Any) -> int:
     return unit_of(pack.keys) if pack.heads == 1 else pack.keys
 
 
+def at_once(pack: Any) -> int:
+    """Of what is done in one block: two narrow packs, so that one has something to do while the other waits for its
+    products. Two units of a wide one want more registers than a v6e has."""
+    return 2 if unit_of_keys(pack) == pack.keys else 1
+
+
 def part(number, width, whole):
     """A slice: the number-th `width` of a `whole`."""
-    if width == whole:
-        return slice(None)
-    return pl.ds(pl.multiple_of(number * width, width), width)
+    return mosaic_tpu_blocks.part(number, width, whole // width)
 
 
-def make_factors(chunk: Any, step: int, tokens: Tokens, rows: Any, factors: Factors) -> None:
+def make_factors(chunk: Any, step: int, tokens: Tokens, rows: Any, factors: Factors, alone: Blocks) -> None:
     lanes, unit = tokens.q.shape[1], unit_of_keys(chunk.pack)
     units = chunk.pack.keys // unit
 
@@ -115,16 +120,16 @@ def make_factors(chunk: Any, step: int, tokens: Tokens, rows: Any, factors: Fact
 
     for start in range(0, tokens.q.shape[0], ROWS):
 
-        if factors.decays is not None:  # first, as the others' total takes the place of that of the tokens before
+        def make_decays(n, at=slice(start, start + ROWS)):
+            _decays_of_unit(chunk, n, at, part(n, unit, lanes), tokens, factors)
 
-            @pl.loop(0, step * units)
-            def _(n, at=slice(start, start + ROWS)):
-                _decays_of_unit(chunk, n, at, part(n, unit, lanes), tokens, factors)
-
-        @pl.loop(0, step * units)
-        def _(n, at=slice(start, start + ROWS)):
+        def make(n, at=slice(start, start + ROWS)):
             mask = None if rows is None else rows[n // units].T[at, :1]
             _factors_of_unit(chunk, n, at, part(n, unit, lanes), mask, tokens, factors)
+
+        if factors.decays is not None:  # first, as the others' total takes the place of that of the tokens before
+            in_lockstep(alone, at_once(chunk.pack), step * units, [(make_decays, 0)])
+        in_lockstep(alone, at_once(chunk.pack), step * units, [(make, 0)])
 
 
 def _put_below(chunk, n, at, number, x, factors):
@@ -163,8 +168,8 @@ def _decayed(chunk, at, read, written, log_decay, lanes, sooner, put):
     to the last of these), in registers. sooner: the decay of all before them. put(number, x): takes what reads or is
     written at each halving."""
     length = log_decay.shape[0]
-    totals = _registers(jnp.exp(log_decay[at, lanes].astype(jnp.float32)))
-    read, written = _registers(read), _registers(written)
+    totals = registers(jnp.exp(log_decay[at, lanes].astype(jnp.float32)))
+    read, written = registers(read), registers(written)
     row = jax.lax.broadcasted_iota(jnp.int32, totals[0].shape, 0)
     if not chunk.exclusive:
         read = [x * by for x, by in zip(read, totals, strict=True)]
@@ -173,7 +178,7 @@ def _decayed(chunk, at, read, written, log_decay, lanes, sooner, put):
         second = row & size != 0
         x = [jnp.where(second, *both) for both in zip(read, written, strict=True)]
         put(number, x)
-        others = [_swap(by, size, second) for by in totals]
+        others = [swap(by, size, second) for by in totals]
         x = [one * by for one, by in zip(x, others, strict=True)]
         read = [jnp.where(second, new, old) for new, old in zip(x, read, strict=True)]
         written = [jnp.where(second, old, new) for new, old in zip(x, written, strict=True)]
@@ -197,16 +202,6 @@ def _decayed(chunk, at, read, written, log_decay, lanes, sooner, put):
         sooner = sooner[...]
         read, total = [x * sooner for x in read], total * sooner
     return read, written, total
-
-
-def _registers(x):
-    return [x[start : start + SUBLANES] for start in range(0, x.shape[0], SUBLANES)]
-
-
-def _swap(x, size, second):
-    """Rows t with rows t ^ size, of a register."""
-    back = pltpu.roll(x, size, 0)
-    return back if 2 * size == SUBLANES else jnp.where(second, back, pltpu.roll(x, SUBLANES - size, 0))
 
 
 def select_seconds(size, x, y):
@@ -253,7 +248,7 @@ def blocks_of_heads(state, pack, offset):
 
 def nought(index):
     """0, which the compiler does not know: what it knows to be the same in all loops, it keeps in registers in all."""
-    return jax.lax.shift_right_logical(index, jnp.int32(20))
+    return jax.lax.shift_right_logical(pl.program_id(2) if isinstance(index, int) else index, jnp.int32(20))
 
 
 def pairs_of(size, length, heads):
@@ -262,57 +257,3 @@ def pairs_of(size, length, heads):
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (length, heads * length), axis) for axis in (0, 1))
     j = j & (length - 1)
     return jnp.where((i ^ j) & -size == size if size else i == j, jnp.where(i >= j, 1.0, 0.0), 0.0)
-
-
-def _own_scores(chunk, p, fixed, tokens, factors):
-    """`[C, heads x C]`, of tokens with themselves."""
-    (length, lanes), pack = tokens.q.shape, chunk.pack
-    unit, found = unit_of_keys(pack), None
-    units = pack.keys // unit
-    for m in range(units):
-        there = part(p * units + m, unit, lanes)
-        each = tokens.q[:, there].astype(jnp.float32) * tokens.k[:, there].astype(jnp.float32)
-        if fixed is not None:
-            each = each * fixed[p, :, part(m, unit, pack.keys)]
-        found = each if found is None else found + each
-    if pack.heads == 1:
-        own = jnp.sum(found, axis=1, keepdims=True)
-    else:
-        lane, column = (
-            jax.lax.broadcasted_iota(jnp.int32, (length, width), 1) for width in (found.shape[1], pack.heads * length)
-        )
-        own = 0.0
-        for head in range(pack.heads):
-            inside = (lane >= head * pack.key) & (lane < (head + 1) * pack.key)
-            each = jnp.sum(jnp.where(inside, found, 0.0), axis=1, keepdims=True)
-            own = jnp.where(column >= head * length, each, own)
-    return own * chunk.scale * factors.pairs[factors.parts.shape[0]]
-
-
-def scores_of_pack(chunk, p, units, fixed, tokens, factors):
-    """`[C, heads x C]`, of tokens that read (i) with those before them (j), and with themselves."""
-    (halvings, _, length, _), heads = factors.parts.shape, chunk.pack.heads
-    scores = _own_scores(chunk, p, fixed, tokens, factors)
-    for number in range(halvings):
-        size = 1 << number
-        written = all_units((factors.parts if heads == 1 else factors.below).at[number], p, units)
-        found = dot(seconds(all_units(factors.parts.at[number], p, units), size), written, (1, 1))
-        scores = with_seconds(scores, seconds(scores, size) + found * seconds(factors.pairs[number], size), size)
-    return scores
-
-
-def seconds(x, size):
-    """The rows that are in second halves, where those are whole registers."""
-    if size < PACKED:
-        return x
-    parts = [x[start : start + size] for start in range(size, x.shape[0], 2 * size)]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def with_seconds(x, now, size):
-    if size < PACKED:
-        return now
-    parts = []
-    for block, start in enumerate(range(0, x.shape[0], 2 * size)):
-        parts += [x[start : start + size], now[block * size : (block + 1) * size]]
-    return jnp.concatenate(parts)
