@@ -112,7 +112,7 @@ def compute_dtype(arguments: Mapping[str, Any]) -> Any:
     dtypes = {(name, leaf.dtype) for name, tree in arguments.items() for leaf in jax.tree.leaves(tree)}
     for name, dtype in dtypes:
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"{name}: dtype {dtype}; expected a float dtype")
+            raise ValueError(f"{name}: dtype {dtype}; expected a float dtype; cast it")
     return np.dtype(np.float64 if any(dtype == np.float64 for _, dtype in dtypes) else np.float32)
 
 

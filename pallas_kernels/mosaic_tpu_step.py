@@ -52,6 +52,17 @@ def step(
     )(state, rows, v)
 
 
+def unfit(heads: int, width: int, values: int) -> str | None:
+    """None, or why a token's states do not fit: those of a block are in fast memory twice as read, twice as written."""
+    count, size = _heads(heads), 4 * width * values
+    if 4 * count * size <= VMEM_LIMIT:
+        return None
+    return (
+        f"by Mosaic TPU works on one token of {count} heads at once, here with a state of {width} x {values} each, of which "
+        f"{VMEM_LIMIT // (4 * size)} would fit"
+    )
+
+
 def _heads(heads: int) -> int:
     """Of a block: 8, or all where they cannot be parted so."""
     return heads if heads % SUBLANES else SUBLANES

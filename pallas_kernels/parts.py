@@ -17,8 +17,8 @@ LEAST = 2048  # tokens of a part: with fewer, the first pass costs more than the
 
 
 def count(chains: int, length: int) -> int:
-    """How many parts, given how many independent chains there are: the fewest, by powers of two, that give each of the
-    chip's multiprocessors one, as far as parts are whole and not too short; 1 where half of them have one already."""
+    """How many parts, given how many independent chains there are: the most, by powers of two, with which each part of
+    each chain has one of the chip's multiprocessors to itself, as far as parts are whole and not too short."""
     parts = 1
     while 2 * chains * parts <= MULTIPROCESSORS and length % (2 * parts) == 0 and length // (2 * parts) >= LEAST:
         parts *= 2

@@ -87,7 +87,8 @@ def attention(
     given = (segment_ids, q_positions, kv_positions, block_mask)
     options = Options(
         causal=causal,
-        window=window,
+        # Positions lie within 2^30 of 0: their difference less a larger window would leave int32.
+        window=None if window is None else min(int(window), 2**30),
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
         value_width=value_width,
@@ -134,7 +135,7 @@ def check_arguments(
             f"value_width={value_width!r} {'without' if v is None else 'beside'} v: expected the values v, or v=None "
             "and how many channels of the keys are the values"
         )
-    if v is None and not 0 < value_width <= k.shape[-1]:
+    if v is None and not (isinstance(value_width, numbers.Integral) and 0 < value_width <= k.shape[-1]):
         raise ValueError(f"value_width={value_width!r}: expected 1 to {k.shape[-1]}, the width of the keys")
     v = k[..., :value_width] if v is None else v
     for name, array in (("q", q), ("k", k), ("v", v)):
@@ -153,8 +154,10 @@ def check_arguments(
     if heads % kv_heads:
         raise ValueError(f"k: {kv_heads} heads, which do not divide the {heads} heads of q; expected a divisor")
     for name, number in (("window", window), ("scale", scale), ("soft_cap", soft_cap)):
-        if number is not None and not (number > 0 and math.isfinite(number)):
-            raise ValueError(f"{name}={number!r}: expected a number above 0, or None")
+        if number is None:
+            continue
+        if not isinstance(number, numbers.Real) or isinstance(number, bool) or not 0 < number < math.inf:
+            raise ValueError(f"{name}={number!r}: expected a number above 0, known when the call is traced, or None")
     if window is not None and window != int(window):
         raise ValueError(f"window={window!r}: expected a whole number of tokens")
     if alibi_slopes is not None:
@@ -195,7 +198,7 @@ def _check_blocks(block_mask, block_size, batch, length, kv_length) -> None:
         )
     if block_mask is None:
         return
-    if len(block_size) != 2 or not all(isinstance(n, numbers.Integral) and n > 0 for n in block_size):
+    if not isinstance(block_size, tuple | list) or len(block_size) != 2 or not all(isinstance(n, numbers.Integral) and n > 0 for n in block_size):
         raise ValueError(f"block_size={block_size!r}: expected two numbers of tokens above 0, of queries and of keys")
     blocks = math.ceil(length / block_size[0]), math.ceil(kv_length / block_size[1])
     if block_mask.dtype != bool:

@@ -41,6 +41,7 @@ OUTER = 4096 * LANES  # numbers in the keys of an outer tile of the backward, at
 LEAST_IN_STAGES = 256  # rows: with no more, filling and draining the stages takes as long as it spares
 
 MOST_ROWS_DECODING = 128  # queries x heads
+MOST_LISTED = 2**17  # tiles: twice as many do not fit the scalar memory
 
 # Of the least tile of a group of heads, which is of whole tokens and whole registers of lanes: a group of 71 would have
 # 9,088. Larger groups get heads of zeros (71: nine, then a tile has 640).
@@ -85,6 +86,12 @@ def supports(q, k, v, slopes, index, options: Options) -> str | None:
         return f"by Mosaic TPU needs a TPU, and this is {platform}"
     if q.dtype not in ("bfloat16", "float32") or k.dtype != q.dtype:
         return f"by Mosaic TPU is for bfloat16 or float32 throughout, and q is {q.dtype}, k {k.dtype}"
+    rows, keys, kv_heads = index.documents.shape[0], k.shape[1], k.shape[2]
+    if _reads_all_heads(q, k, v, slopes, options) and rows * keys * kv_heads > MOST_LISTED * LANES:
+        return (
+            f"by Mosaic TPU lists tiles of {LANES} keys of all heads in scalar memory when it decodes, at most {MOST_LISTED} "
+            f"for all rows that differ, and here are {rows} of {keys} keys and {kv_heads} heads"
+        )
     if options.block_size is not None:
         q = jax.eval_shape(functools.partial(_fill_groups, kv_heads=k.shape[2]), q)
         grids = [_grid(q, k, options, backward) for backward in (False, True)]
@@ -132,12 +139,16 @@ def _attend(options, q, k, v, slopes, index):
 
 
 def _forward(options, q, k, v, slopes, index):
-    if _is_decoding(q, options) and slopes is None and not _lies_across(q, k, v, options):
+    if _reads_all_heads(q, k, v, slopes, options):
         results = _tiled(*_heads_as_documents(options, q, k, v, index))
         o, logsumexp = (a.reshape(*q.shape[:3], *a.shape[3:]) for a in results)
     else:
         o, logsumexp = _tiled(options, q, k, v, slopes, index)
     return (o, logsumexp), (q, k, v, slopes, index, o, logsumexp)
+
+
+def _reads_all_heads(q, k, v, slopes, options) -> bool:
+    return _is_decoding(q, options) and slopes is None and not _lies_across(q, k, v, options)
 
 
 def _is_decoding(q, options) -> bool:

@@ -1,6 +1,6 @@
 """Compiles every op at its real shapes for devices that are not there, and says what the compilers said.
 
-    python -m pallas_kernels.check --target=h100,h200,a100,b200,v5e,v5p,v6e     all rows: half an hour on two cores
+    python -m pallas_kernels.check --target=h100,h200,a100,b200,v5e,v5p,v6e     all rows: over an hour on two cores
     python -m pallas_kernels.check --target=h200 --ops=attention --quick        a few
     python -m pallas_kernels.check --run                                        the conformance suites on this device
     python -m pallas_kernels.check --rivals --target=v5e,v6e                    static cycles beside JAX's own kernels
@@ -75,7 +75,11 @@ def main(argv: list[str]) -> None:
             raise ValueError("--ops and --shapes: none of the ops has one of the shapes")
     except (ValueError, targets.MissingCompiler) as error:
         fail(str(error))
+    if OUT.value and not Path(OUT.value).parent.is_dir():
+        fail(f"--out={OUT.value}: its folder does not exist; make it first")
     if RIVALS.value:
+        if others := [target.name for target in chosen if target.platform != "tpu"]:
+            fail(f"--rivals: cycles are known of TPUs alone, and {', '.join(others)} is none: give --target=v5e,v6e")
         from pallas_kernels.check.rivals import compare
 
         sys.exit(compare(chosen, QUICK.value, OUT.value))
@@ -150,7 +154,8 @@ def bundles_of(kernel: dict[str, Any]) -> str | None:
 
 def xla_cycles_of(row: dict[str, Any]) -> str:
     floor = f" ({row['floor']})" if "floor" in row else ""
-    return f"{row.get('xla_cycles', '–')}{floor}"
+    cycles = row.get("xla_cycles")
+    return f"{'–' if cycles is None else cycles}{floor}"
 
 
 def cells(row: dict[str, Any]) -> list[str]:

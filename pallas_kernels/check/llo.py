@@ -159,7 +159,8 @@ def turns(bundles: list[Bundle], first: int, last: int, inner: list[tuple[int, i
             times[at - first] *= own[2]
     for start, end in skipped(bundles):
         branch = re.search(r"sbr\.rel \(%(p\d+_p\d+)\)", bundles[start - 1].code)
-        if first <= start and end <= last and branch and branch[1] in elsewhere:
+        # Never most of a step: the predicate that guards it all may be kept in a scalar, and is read back the same way
+        if first <= start and end <= last and end - start < (last - first) / 2 and branch and branch[1] in elsewhere:
             times[start - first : end - first] = [0] * (end - start)
     return times
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import devices
+from pallas_kernels import devices, mosaic_tpu_step
 from pallas_kernels.delta_rule import chunked
 from pallas_kernels.delta_rule.mosaic_tpu_scalar import Scalar
 from pallas_kernels.delta_rule.mosaic_tpu_tables import rows_of_tokens
@@ -21,7 +21,6 @@ from pallas_kernels.delta_rule.reference import first_state, mark_documents
 from pallas_kernels.linear_attention.reference import as_log_decay
 from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, divisor, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import narrow_pack, unfit
-from pallas_kernels.mosaic_tpu_step import step
 
 CHUNK = 64  # two of them fill the lanes
 AT_ONCE = 8  # heads that one step of the grid works on at most, so that they need not wait for their products
@@ -35,7 +34,8 @@ def supports(q, k, v, a, b, log_decay, initial_state, segment_ids, scale) -> str
         return f"by Mosaic TPU needs a TPU, and this is {platform}"
     if q.dtype not in ("bfloat16", "float32"):
         return f"by Mosaic TPU is for bfloat16 or float32, and q is {q.dtype}"
-    return None if q.shape[1] == 1 else unfit(narrow_pack(v.shape[2], q.shape[3], v.shape[3]))
+    sizes = v.shape[2], q.shape[3], v.shape[3]
+    return mosaic_tpu_step.unfit(*sizes) if q.shape[1] == 1 else unfit(narrow_pack(*sizes))
 
 
 def run(
@@ -92,7 +92,7 @@ def _step(scale, q, k, v, a, b, log_decay, initial_state, segment_ids):
     keep = jnp.broadcast_to(jnp.exp(log_decay), k.shape)
     own, own_u = jnp.sum(q * k, axis=-1), jnp.sum(q * b, axis=-1)
     state = first_state(tokens.q, v, initial_state)
-    state, o = step(state, q * keep, k, value, keep, own, (a, b, own_u))
+    state, o = mosaic_tpu_step.step(state, q * keep, k, value, keep, own, (a, b, own_u))
     return o[:, None].astype(v.dtype), state
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import devices
+from pallas_kernels import devices, mosaic_tpu_step
 from pallas_kernels.linear_attention import chunked
 from pallas_kernels.linear_attention import mosaic_tpu_scalar as scalars
 from pallas_kernels.linear_attention import mosaic_tpu_vector as vectors
@@ -21,7 +21,6 @@ from pallas_kernels.linear_attention.mosaic_tpu_scalar_decays import fixed_of_he
 from pallas_kernels.linear_attention.reference import as_log_decay, empty_state, for_each_head, token_inputs
 from pallas_kernels.mosaic_tpu_chunks import LANES, Plan, divisor, scan_chunks
 from pallas_kernels.mosaic_tpu_packs import Pack, narrow_pack, unfit
-from pallas_kernels.mosaic_tpu_step import step
 from pallas_kernels.segments import document_starts
 
 CHUNK = 128  # tokens of one; bundles of 256, for heads of 256 and 512, are within 3% of it
@@ -40,7 +39,9 @@ def supports(q, k, v, log_decay, initial_state, segment_ids, scale, bonus=None) 
     if q.dtype not in ("bfloat16", "float32"):
         return f"by Mosaic TPU is for bfloat16 or float32, and q is {q.dtype}"
     vector = log_decay is not None and log_decay.ndim == 4
-    return None if q.shape[1] == 1 else unfit(_pack(q, v, vector or bonus is not None))
+    if q.shape[1] == 1:
+        return mosaic_tpu_step.unfit(v.shape[2], q.shape[3], v.shape[3])
+    return unfit(_pack(q, v, vector or bonus is not None))
 
 
 def run(
@@ -73,7 +74,6 @@ def run(
         nothing = jnp.full((), -jnp.inf, log_decay.dtype)
         nothing = nothing if vector else as_log_decay(nothing, np.dtype(np.float32))
         log_decay = _where(valid, jnp.where(_like(starts, log_decay), nothing, log_decay))
-        q, k = _where(valid, q), _where(valid, k)
         starts = starts if exclusive else None
 
     def fill(x):
@@ -126,7 +126,7 @@ def _step(scale, q, k, v, log_decay, initial_state, segment_ids, bonus):
         read, k, own, keep = (
             _where(valid, x[:, None], other)[:, 0] for x, other in ((read, 0), (k, 0), (own, 0), (keep, 1))
         )
-    state, o = step(state, read, k, v_token, keep, own)
+    state, o = mosaic_tpu_step.step(state, read, k, v_token, keep, own)
     return o[:, None].astype(v.dtype), state
 
 

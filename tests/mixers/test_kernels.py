@@ -1,4 +1,4 @@
-"""The recurrent architectures reach their op's kernels through its public function, where they are on an accelerator."""
+"""The architectures reach their op's kernels through its public function, where they are on an accelerator."""
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ MIXERS = {
     "rwkv7": ("delta_rule", {}),
     "deltanet": ("delta_rule", {"num_heads": 16}),
     "gated_deltanet": ("delta_rule", {"num_heads": 8}),
+    "mha": ("attention", {"num_heads": 16}),
+    "gqa": ("attention", {"num_heads": 16, "num_kv_heads": 4}),
+    "mla": ("attention", {"num_heads": 16}),
+    "infini": ("attention", {"num_heads": 16}),
 }
 
 

@@ -249,8 +249,10 @@ def test_no_state(case):
     def makes_one():
         return built.mixer.init_state(BATCH, LENGTH)
 
+    one = np.ones((BATCH, 1), np.int32)
+    assert_close(built.call(x[:, :1], fresh, None), built.call(x[:, :1], fresh, one), "float32", "the first id is 1")
     if all(traced(None, ids) == traced(makes_one, ids) for ids in (IDS, None)):
-        return  # nothing to compare: one program
+        return  # nothing else to compare: one program
 
     def room_for_the_call(state):
         """Without the slots that are left empty by a call of fewer tokens than a cache has slots."""

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
 from pallas_kernels.check import xla
 
 PROGRAM = """\
@@ -48,9 +47,8 @@ def test_cycles_count_loops_as_often_as_they_turn_and_the_cheapest_branch():
     assert xla.cycles(PROGRAM) == 1000 + 10 * (4 * 7 + 30 + 30)
 
 
-def test_a_loop_whose_end_cannot_be_read_is_refused():
-    with pytest.raises(ValueError, match=r"loop of inner\.end: expected one constant that ends it, got \[\]"):
-        xla.cycles(PROGRAM.replace("constant(4)", "parameter(0)"))
+def test_cycles_are_unknown_where_the_end_of_a_loop_cannot_be_read():
+    assert xla.cycles(PROGRAM.replace("constant(4)", "parameter(0)")) is None
 
 
 def test_products_count_loops_and_the_cheapest_branch():

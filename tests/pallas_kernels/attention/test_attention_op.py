@@ -305,6 +305,8 @@ def bad_arguments():
         ("expected one dtype", dict(q=q, k=k, v=v.astype(jnp.bfloat16))),
         ("window=0", dict(q=q, k=k, v=v, window=0)),
         ("whole number", dict(q=q, k=k, v=v, window=2.5)),
+        ("window='3': expected a number", dict(q=q, k=k, v=v, window="3")),
+        ("scale=True: expected a number", dict(q=q, k=k, v=v, scale=True)),
         ("scale=-1", dict(q=q, k=k, v=v, scale=-1)),
         ("soft_cap=inf", dict(q=q, k=k, v=v, soft_cap=float("inf"))),
         ("ids of the keys too", dict(q=q, k=k, v=v, segment_ids=ids)),

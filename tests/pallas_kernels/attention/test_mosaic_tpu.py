@@ -162,3 +162,20 @@ def test_decoding_takes_any_number_of_a_document(document):
     with devices.interpreting("tpu"):
         found = evaluated(lambda q, k, v: attention(q, k, v, implementation="mosaic_tpu", **options))(q, k, v)
     assert_close(found, expected, "float32")
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**40])
+def test_windows_of_any_size(window):
+    """Positions before 0, of more queries than keys, less the window stay in int32."""
+    q, k, v = arrays(Shape(T=12, S=8, H=1, G=1, K=64))
+    options = {"window": window, "causal": False}
+    with simulated():
+        found = evaluated(lambda *qkv: attention(*qkv, **options, implementation="mosaic_tpu"))(q, k, v)
+    expected = evaluated(lambda *qkv: attention(*qkv, **options, implementation="reference"))(q, k, v)
+    assert_close(found, expected, "float32")
+
+
+def test_decoding_with_more_tiles_than_scalar_memory_holds_is_refused():
+    q, k = (jax.ShapeDtypeStruct((1, n, 32, 128), jnp.bfloat16) for n in (1, 2**20))
+    with simulated(), pytest.raises(ValueError, match="1 of 1048576 keys and 32 heads"):
+        jax.eval_shape(lambda q, k: attention(q, k, k, implementation="mosaic_tpu"), q, k)

@@ -75,3 +75,9 @@ def test_refuses_many_heads_that_fill_whole_registers_all_together_alone():
             call(4, 31, 72)
         for taken in ((1, 31, 72), (4, 32, 72), (4, 1, 2048)):
             call(*taken)
+
+
+def test_one_token_of_states_that_do_not_fit_is_refused():
+    q, v = (jax.ShapeDtypeStruct((8, 1, 28, width), jnp.bfloat16) for width in (256, 512))
+    with simulated(), pytest.raises(ValueError, match="one token of 28 heads at once, here with a state of 256 x 512"):
+        jax.eval_shape(lambda q, v: linear_attention(q, q, v, implementation="mosaic_tpu"), q, v)
