@@ -58,8 +58,8 @@ def unfit(heads: int, width: int, values: int) -> str | None:
     if 4 * count * size <= VMEM_LIMIT:
         return None
     return (
-        f"by Mosaic TPU works on one token of {count} heads at once, here with a state of {width} x {values} each, of which "
-        f"{VMEM_LIMIT // (4 * size)} would fit"
+        f"by Mosaic TPU works on one token of {count} heads at once, here with a state of {width} x {values} each, of "
+        f"which {VMEM_LIMIT // (4 * size)} would fit"
     )
 
 

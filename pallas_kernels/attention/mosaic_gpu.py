@@ -27,6 +27,7 @@ from pallas_kernels.attention.tiles import Index
 from pallas_kernels.parts import MULTIPROCESSORS
 
 SIDE = 128  # every tile divides it, and it has to divide the blocks of a block mask
+GRID = 65_535  # places along all axes but the last two of a CUDA grid: tiles and rows here
 MOST = 256  # channels of a head whose output fits a warpgroup's registers
 LEAST = 8  # tiles of keys of a part, where they are split: reading fewer takes no longer than merging the parts
 STAGES = 4  # of tiles in flight at most: two hide the latency of a copy, four that of a late one
@@ -51,6 +52,12 @@ def supports(q, k, v, slopes, index, options: Options) -> str | None:
         )
     if options.block_size is not None and any(size % SIDE for size in options.block_size):
         return f"by Mosaic GPU has blocks that are multiples of {SIDE}, and these are {options.block_size}"
+    batch, longest = q.shape[0], max(q.shape[1], k.shape[1])
+    if batch * math.ceil(longest / mosaic_gpu_products.LINES) > GRID:  # by the smallest tile
+        return (
+            f"by Mosaic GPU has at most {GRID} tiles of {mosaic_gpu_products.LINES} tokens in all rows, the places along an "
+            f"axis of a grid, and these are {batch} rows of {longest} tokens"
+        )
     return None
 
 

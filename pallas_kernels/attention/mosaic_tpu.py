@@ -89,8 +89,8 @@ def supports(q, k, v, slopes, index, options: Options) -> str | None:
     rows, keys, kv_heads = index.documents.shape[0], k.shape[1], k.shape[2]
     if _reads_all_heads(q, k, v, slopes, options) and rows * keys * kv_heads > MOST_LISTED * LANES:
         return (
-            f"by Mosaic TPU lists tiles of {LANES} keys of all heads in scalar memory when it decodes, at most {MOST_LISTED} "
-            f"for all rows that differ, and here are {rows} of {keys} keys and {kv_heads} heads"
+            f"by Mosaic TPU lists tiles of {LANES} keys of all heads in scalar memory when it decodes, at most "
+            f"{MOST_LISTED} for all rows that differ, and here are {rows} of {keys} keys and {kv_heads} heads"
         )
     if options.block_size is not None:
         q = jax.eval_shape(functools.partial(_fill_groups, kv_heads=k.shape[2]), q)

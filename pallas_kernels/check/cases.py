@@ -37,7 +37,7 @@ class Op:
     plain: str | None = None
 
     def forms(self, platform: str) -> list[str | None]:
-        """What is compiled for a platform: the default (None), our kernels, which are not always the default, `plain`."""
+        """What is compiled for a platform: the default (None), our kernels, not always the default, and `plain`."""
         ours = f"mosaic_{platform}"
         kernels = [ours] if self.api is not None and ours in self.api.IMPLEMENTATIONS else []
         return [None, *kernels, *([self.plain] if self.plain and platform == "tpu" else [])]

@@ -1,4 +1,4 @@
-"""What a program of plain XLA would take on a TPU: its compiler's own estimates, and the least that its products take."""
+"""What a program of plain XLA would take on a TPU: the compiler's own estimates, and the least that products take."""
 
 import math
 import re

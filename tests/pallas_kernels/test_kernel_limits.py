@@ -1,5 +1,6 @@
 """Limits that are not the kernels' own: of CUDA's grids, of a TPU's scalar memory, of JAX's 64-bit mode."""
 
+import functools
 import math
 
 import jax
@@ -72,3 +73,12 @@ def test_in_64_bit_mode_plain_jax_is_taken(op, platform):
         with pytest.raises(ValueError, match="32-bit mode"):
             jax.eval_shape(lambda *a: function(*a, implementation=f"mosaic_{platform}"), *arguments)
     assert [name for _, name in chosen] in (["chunked"], ["cudnn"])
+
+
+def test_attention_of_more_rows_than_a_grid_has_places_is_refused_on_a_gpu():
+    function, arguments = call("attention", batch=2, length=2**20, heads=1)
+    with devices.interpreting("gpu"):
+        jax.eval_shape(functools.partial(function, implementation="mosaic_gpu"), *arguments)
+        function, arguments = call("attention", batch=8, length=2**20, heads=1)
+        with pytest.raises(ValueError, match="these are 8 rows of 1048576 tokens"):
+            jax.eval_shape(functools.partial(function, implementation="mosaic_gpu"), *arguments)
