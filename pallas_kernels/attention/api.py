@@ -54,6 +54,7 @@ def attention(
     A query sees a key of its own document whose distance, query position - key position, is not below 0 (if
     `causal`) and is below `window` (if given: so many tokens, its own among them), in a block of keys that the block
     mask shows to it (if given). A query that is padding, or sees nothing, gives exactly 0 and passes no gradient.
+    What stands in padding and in empty slots has to be finite: 0 times NaN is NaN.
 
     q, k, v: any float dtypes; k and v have one. Scores, softmax and sums are in float32 (in float64 if q is).
     v: None: the values are the first `value_width` channels of the keys, read once (the latent cache of multi-head
@@ -66,7 +67,8 @@ def attention(
     kv_segment_ids: ids of the keys (a cache and what follows it), 0 for an empty slot. Then ids are compared as
         they are: equal ids other than 0 are one document, wherever they stand (any int32 but -2**31, which the kernels
         keep for themselves). Needs `segment_ids` too.
-    q_positions, kv_positions: int32 between -2**30 and 2**30; None counts the keys 0 .. S - 1 and takes the queries for the last T of them.
+    q_positions, kv_positions: int32 between -2**30 and 2**30; None counts the keys 0 .. S - 1 and takes the queries for
+        the last T of them.
     block_mask: bool, of M = ceil(T / block_size[0]) blocks of queries by N = ceil(S / block_size[1]) blocks of keys:
         which blocks see which, beside all else. Tiles in other blocks are not visited.
     return_logsumexp: whether the logarithm of each softmax's sum, float32 `[B, T, H]`, is returned after o: -inf where
@@ -75,7 +77,8 @@ def attention(
         supports the call on this device.
 
     Returns o in q's dtype. Differentiable in q, k and v (through the log-sum-exp too). Memory: that of a few million
-    scores beside inputs and outputs, forward and backward, whatever the lengths (for T = 1: one row of scores).
+    scores beside inputs and outputs, forward and backward, and a list of tiles, at most one for each 512 x 512 tokens of a
+    row (for T = 1: one row of scores).
 
     Raises: ValueError for shapes or dtypes that do not agree, heads that do not divide, options that are not
     positive, and an implementation that is unknown or does not support the call.
