@@ -82,7 +82,7 @@ def preferred(platform: str, length: int) -> tuple[str, ...]:
 
     Measured forward on two CPU cores, float32, T = 4096, K = V = 64, batch 1 and 8, 4 and 16 heads: the loop takes 0.5
     (one row of 4 heads) to 1.8 (one row of 16) of the chunked form's time. Forward and backward a token loop takes 7 to
-    20 times as long.
+    11 times as long.
     """
     if platform == "cpu":
         return ("loop_forward",) if length > 1 else ("chunked",)

@@ -1,5 +1,6 @@
 """Limits that are not the kernels' own: of CUDA's grids, of a TPU's scalar memory, of JAX's 64-bit mode."""
 
+import contextlib
 import functools
 import math
 
@@ -82,3 +83,23 @@ def test_attention_of_more_rows_than_a_grid_has_places_is_refused_on_a_gpu():
         function, arguments = call("attention", batch=8, length=2**20, heads=1)
         with pytest.raises(ValueError, match="these are 8 rows of 1048576 tokens"):
             jax.eval_shape(functools.partial(function, implementation="mosaic_gpu"), *arguments)
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule"])
+@pytest.mark.parametrize(
+    ("reason", "length", "heads", "width", "values"),
+    [
+        ("on 31 of 72 keys", 4, 31, 72, 72),  # in whole registers they come all together, or not at all
+        (None, 1, 31, 72, 72),
+        (None, 4, 32, 72, 72),
+        (None, 4, 1, 2048, 2048),
+        ("one token of 28 heads at once, here with a state of 256 x 512", 1, 28, 256, 512),  # more than fits the VMEM
+    ],
+)
+def test_heads_that_are_no_fit_for_a_tpu_are_refused(op, reason, length, heads, width, values):
+    q, v = (jax.ShapeDtypeStruct((1, length, heads, n), jnp.bfloat16) for n in (width, values))
+    function = functools.partial(getattr(pallas_kernels, op), implementation="mosaic_tpu")
+    arguments = (q, q, v) if op == "linear_attention" else (q, q, v, q, q)
+    outcome = contextlib.nullcontext() if reason is None else pytest.raises(ValueError, match=reason)
+    with devices.interpreting("tpu"), outcome:
+        jax.eval_shape(function, *arguments)

@@ -63,21 +63,3 @@ def test_says_what_it_does_not_support():
     with simulated(), pytest.raises(ValueError, match="float16"):
         linear_attention(half, half, half, implementation="mosaic_tpu")
     jax.eval_shape(linear_attention, q, q, v)  # by default another one is taken
-
-
-def test_refuses_many_heads_that_fill_whole_registers_all_together_alone():
-    def call(length, heads, width):
-        q = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
-        jax.eval_shape(lambda q: linear_attention(q, q, q, implementation="mosaic_tpu"), q)
-
-    with simulated():
-        with pytest.raises(ValueError, match="on 31 of 72 keys"):
-            call(4, 31, 72)
-        for taken in ((1, 31, 72), (4, 32, 72), (4, 1, 2048)):
-            call(*taken)
-
-
-def test_one_token_of_states_that_do_not_fit_is_refused():
-    q, v = (jax.ShapeDtypeStruct((8, 1, 28, width), jnp.bfloat16) for width in (256, 512))
-    with simulated(), pytest.raises(ValueError, match="one token of 28 heads at once, here with a state of 256 x 512"):
-        jax.eval_shape(lambda q, v: linear_attention(q, q, v, implementation="mosaic_tpu"), q, v)
