@@ -107,9 +107,8 @@ def test_as_compiled(name):
             for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
                 assert (a.shape, a.dtype) == (b.shape, b.dtype)
                 halves = a.dtype in (jnp.bfloat16, jnp.float16)
-                np.testing.assert_allclose(
-                    np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=1e-2 if halves else 3e-6, atol=1e-6
-                )
+                rtol = float(jnp.finfo(a.dtype).eps) if halves else 3e-6  # halves: the last place
+                np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize(
