@@ -41,10 +41,14 @@ class Suite:
     ) -> Callable[[], dict[str, np.ndarray]]:
         """What computes o, the final state, and the gradient of every input, for random cotangents of both.
 
-        rounded: a dtype to which the inputs are rounded before they get theirs.
+        rounded: a dtype to which the inputs are rounded before they get theirs. What stands in padding is NaN.
         """
         rounded = dtype if rounded is None else rounded
         inputs, ids = self.inputs(case)
+        if ids is not None:
+            for name in inputs.keys() - {"initial_state"}:
+                if inputs[name].shape[:2] == ids.shape:
+                    inputs[name][ids == 0] = np.nan
         floats = {
             name: jnp.asarray(a, jnp.float32) if name in self.exact else jnp.asarray(a, rounded).astype(dtype)
             for name, a in inputs.items()

@@ -8,7 +8,7 @@ document. The first real token of a row continues `initial_state`.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 
 def document_index(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
@@ -26,6 +26,11 @@ def document_starts(segment_ids: Int[Array, "B T"]) -> tuple[Bool[Array, "B T"],
     """`(starts, valid)`: where a document begins that does not continue the state, and what is no padding."""
     valid = segment_ids != 0
     return _boundaries(segment_ids, valid), valid
+
+
+def without_padding(x: Shaped[Array, "B T ..."], valid: Bool[Array, "B T"]) -> Shaped[Array, "B T ..."]:
+    """x with zeros where padding is: what stands there may be anything, and 0 times NaN is NaN."""
+    return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
 def _boundaries(segment_ids, valid):

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import devices, dispatch
 from pallas_kernels.linear_attention import chunked, loop, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.mesh import Axes
+from pallas_kernels.segments import without_padding
 
 
 def linear_attention(
@@ -56,8 +57,9 @@ def linear_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if segment_ids is not None:
         by_head = log_decay is None or log_decay.ndim == 1
-        q, k, v = (_without_padding(x, segment_ids) for x in (q, k, v))
-        log_decay = log_decay if by_head else _without_padding(log_decay, segment_ids)
+        valid = segment_ids != 0
+        q, k, v = (without_padding(x, valid) for x in (q, k, v))
+        log_decay = log_decay if by_head else without_padding(log_decay, valid)
     call = q, k, v, log_decay, initial_state, segment_ids, scale, bonus
     candidates = preferred(devices.current().platform, q.shape[1])
     return dispatch.call("linear_attention", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
@@ -87,12 +89,6 @@ def preferred(platform: str, length: int) -> tuple[str, ...]:
     if platform == "cpu":
         return ("loop_forward",) if length > 1 else ("chunked",)
     return (f"mosaic_{platform}", "chunked") if platform in ("gpu", "tpu") else ("chunked",)
-
-
-def _without_padding(x: Array, segment_ids: Int[Array, "B T"]) -> Array:
-    """x with zeros where padding is: what stands there may be anything, and 0 times NaN is NaN."""
-    real = (segment_ids != 0).reshape(segment_ids.shape + (1,) * (x.ndim - 2))
-    return jnp.where(real, x, jnp.zeros((), x.dtype))
 
 
 def _check(q, k, v, log_decay, bonus, initial_state, segment_ids):

@@ -10,7 +10,7 @@ for any state size N.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.segments import document_starts
+from pallas_kernels.segments import document_starts, without_padding
 from pallas_kernels.selective_scan.reference import in_one_dtype
 
 CHUNK_LENGTH = 16  # tokens whose [B, N, D] are held at once
@@ -24,20 +24,16 @@ def run(x, dt, A, B, C, D, initial_state, segment_ids):
     length = x.shape[1]
     if segment_ids is None:
         starts = None
-        x_in = x
     else:
         # Padding: dt = 0 makes the step the identity. A boundary: the decay is 0.
         starts, valid = document_starts(segment_ids)
         starts = starts.astype(x.dtype)
-        dt = jnp.where(valid[..., None], dt, 0)
-        x_in = jnp.where(valid[..., None], x, 0)  # so that what stands in padding is not multiplied by 0
-        B = jnp.where(valid[..., None], B, 0)
-        C = jnp.where(valid[..., None], C, 0)
+        x, dt, B, C = (without_padding(a, valid) for a in (x, dt, B, C))
     if length == 1:
-        y, final_state = _one_token(x_in, dt, A, B, C, starts, initial_state)
+        y, final_state = _one_token(x, dt, A, B, C, starts, initial_state)
     else:
-        y, final_state = _in_chunks(x_in, dt, A, B, C, starts, initial_state)
-    return (y + D[None, None] * x_in).astype(given), final_state
+        y, final_state = _in_chunks(x, dt, A, B, C, starts, initial_state)
+    return (y + D[None, None] * x).astype(given), final_state
 
 
 def _one_token(x, dt, A, B, C, starts, state):

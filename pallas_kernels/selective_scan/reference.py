@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import compute_dtype
-from pallas_kernels.segments import document_starts
+from pallas_kernels.segments import document_starts, without_padding
 
 
 def in_one_dtype(x, dt, A, B, C, D, initial_state):
@@ -24,6 +24,7 @@ def run(x, dt, A, B, C, D, initial_state, segment_ids):
         starts = jnp.zeros(x.shape[:2], bool)
     else:
         starts, valid = document_starts(segment_ids)
+        x, dt, B, C = (without_padding(a, valid) for a in (x, dt, B, C))  # their gradients are NaN times 0 otherwise
 
     def step(h, token):
         x, dt, B, C, valid, starts = token
