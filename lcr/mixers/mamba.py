@@ -86,8 +86,8 @@ class MambaState:
 
 
 class Mamba(nnx.Module):
-    """x, z = split(x W_in); x = silu(conv(x)); dt, B, C = split(x W_x); y = scan(x, softplus(dt W_dt + b), A, B, C);
-    out = (y silu(z)) W_out, with A = -exp(A_log) and the scan of `pallas_kernels.selective_scan`."""
+    """x, z = split(x W_in); x = silu(conv(x)); dt, B, C = split(x W_x); y = scan(x, softplus(dt W_dt + b), A, B, C)
+    silu(z); out = y W_out, with A = -exp(A_log) and the scan and its gate of `pallas_kernels.selective_scan`."""
 
     def __init__(self, config: MambaConfig, d_model: int, *, rngs: nnx.Rngs):
         check_whole(d_model=d_model)
@@ -150,11 +150,12 @@ class Mamba(nnx.Module):
             B,
             C,
             self.D[...],
+            gate=z,
             initial_state=forget(state.ssm, segments.continues),
             segment_ids=segments.ids,
             implementation=self.config.implementation,
         )
-        y = self.out_proj(y * nnx.silu(z))
+        y = self.out_proj(y)
         if self.config.proj_bias and segments.ids is not None:
             y = jnp.where((segments.ids != 0)[..., None], y, 0)
         return y, MambaState(conv=conv, ssm=ssm, segment_id=segments.segment_id, position=segments.position)

@@ -57,7 +57,12 @@ def selective_scan(shape: selective_scan_shapes.Shape) -> Call:
     tokens, states = shape[:3], (*shape[:2], shape.N)
     x, B, C = _arrays(tokens, states, states)
     dt, A, D = _arrays(tokens, (shape.D, shape.N), (shape.D,), dtype=jnp.float32)
-    return _first(pallas_kernels.selective_scan), (x, dt, A, B, C, D)
+    gate = _arrays(tokens) if shape.gated else ()
+
+    def run(x, dt, A, B, C, D, gate=None, implementation=None):
+        return pallas_kernels.selective_scan(x, dt, A, B, C, D, gate=gate, implementation=implementation)[0]
+
+    return run, (x, dt, A, B, C, D, *gate)
 
 
 def linear_attention(shape: linear_attention_shapes.Shape) -> Call:

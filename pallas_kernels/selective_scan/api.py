@@ -11,8 +11,8 @@ IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "mosaic_gpu": mos
 # What is taken on a platform: the first that supports the call.
 PREFERRED = {"cpu": ("chunked",), "gpu": ("mosaic_gpu", "chunked"), "tpu": ("mosaic_tpu", "chunked")}
 
-# Of x, dt, A, B, C, D, initial_state and segment_ids; and of the results
-AXES = Axes("BTD", "BTD", "DN", "BTN", "BTN", "D", "BDN", "BT", results=("BTD", "BDN"))
+# Of x, dt, A, B, C, D, initial_state, segment_ids and gate; and of the results
+AXES = Axes("BTD", "BTD", "DN", "BTN", "BTN", "D", "BDN", "BT", "BTD", results=("BTD", "BDN"))
 
 
 def selective_scan(
@@ -23,6 +23,7 @@ def selective_scan(
     C: Float[Array, "B T N"],
     D: Float[Array, "D"] | None = None,
     *,
+    gate: Float[Array, "B T D"] | None = None,
     initial_state: Float[Array, "B D N"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
@@ -32,8 +33,14 @@ def selective_scan(
         h_t[d, n] = exp(dt_t[d] A[d, n]) h_{t-1}[d, n] + dt_t[d] B_t[n] x_t[d]
         y_t[d]    = sum_n C_t[n] h_t[d, n] + D[d] x_t[d]
 
+    or, with a gate z,
+
+        y_t[d]    = silu(z_t[d]) (sum_n C_t[n] h_t[d, n] + D[d] x_t[d])          silu(z) = z / (1 + exp(-z))
+
     x:  inputs. dt: step sizes >= 0, after softplus. A: < 0, so that every decay lies in (0, 1].
     B, C: input and output weights of each token, shared by all channels. D: skip weights (None: no skip).
+    gate: z, before its silu (None: no gate). The kernels read it where they write y, and nothing of y's size is kept
+        for its gradient.
     initial_state: h before the first token (None: zero). segment_ids: see `pallas_kernels.segments`.
     implementation: "chunked", "reference", "mosaic_gpu", "mosaic_tpu", or None: the best one on this device that
         supports the call.
@@ -54,6 +61,7 @@ def selective_scan(
         "B": (B, (batch, length, states)),
         "C": (C, (batch, length, states)),
         "D": (D, (width,)),
+        "gate": (gate, (batch, length, width)),
         "initial_state": (initial_state, (batch, width, states)),
         "segment_ids": (segment_ids, (batch, length)),
     }
@@ -61,7 +69,8 @@ def selective_scan(
         if array is not None and array.shape != shape:
             raise ValueError(f"{name}: shape {array.shape}; expected {shape} beside x {x.shape} and A {A.shape}")
     dispatch.check_dtypes({}, segment_ids)
-    dispatch.compute_dtype({"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state})
-    call = x, dt, A, B, C, D, initial_state, segment_ids
+    floats = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "gate": gate, "initial_state": initial_state}
+    dispatch.compute_dtype(floats)
+    call = x, dt, A, B, C, D, initial_state, segment_ids, gate
     candidates = PREFERRED.get(devices.current().platform, ("chunked",))
     return dispatch.call("selective_scan", IMPLEMENTATIONS, implementation, candidates, AXES, *call)

@@ -17,10 +17,10 @@ CHUNK_LENGTH = 16  # tokens whose [B, N, D] are held at once
 GROUP_ELEMENTS = 8192  # rows are taken together up to this many elements of [B, N, D], to stay in the cache
 
 
-def run(x, dt, A, B, C, D, initial_state, segment_ids):
+def run(x, dt, A, B, C, D, initial_state, segment_ids, gate=None):
     """See `api.selective_scan`; arguments are checked there."""
     given = x.dtype
-    x, dt, A, B, C, D, initial_state = in_one_dtype(x, dt, A, B, C, D, initial_state)
+    x, dt, A, B, C, D, initial_state, gate = in_one_dtype(x, dt, A, B, C, D, initial_state, gate)
     length = x.shape[1]
     if segment_ids is None:
         starts = None
@@ -29,11 +29,13 @@ def run(x, dt, A, B, C, D, initial_state, segment_ids):
         starts, valid = document_starts(segment_ids)
         starts = starts.astype(x.dtype)
         x, dt, B, C = (without_padding(a, valid) for a in (x, dt, B, C))
+        gate = None if gate is None else without_padding(gate, valid)
     if length == 1:
         y, final_state = _one_token(x, dt, A, B, C, starts, initial_state)
     else:
         y, final_state = _in_chunks(x, dt, A, B, C, starts, initial_state)
-    return (y + D[None, None] * x).astype(given), final_state
+    y = y + D[None, None] * x
+    return (y if gate is None else y * jax.nn.silu(gate)).astype(given), final_state
 
 
 def _one_token(x, dt, A, B, C, starts, state):

@@ -22,22 +22,23 @@ class Case:
 
 CASES = {
     "one token": Case(shape=Shape(B=3, T=1, D=128)),
-    "one token, padded": Case(shape=Shape(B=3, T=1, D=200), packed=True),
-    "one chunk": Case(shape=Shape(B=1, T=64, D=128), fresh=True),
+    "one token, padded": Case(shape=Shape(B=3, T=1, D=200, gated=True), packed=True),
+    "one chunk": Case(shape=Shape(B=1, T=64, D=128, gated=True), fresh=True),
     "ragged": Case(shape=Shape(B=2, T=63, D=200)),
     "long": Case(shape=Shape(B=1, T=500, D=128)),
-    "packed": Case(shape=Shape(B=2, T=300, D=128), packed=True),
+    "packed": Case(shape=Shape(B=2, T=300, D=128, gated=True), packed=True),
     "steps of all sizes": Case(shape=Shape(B=1, T=200, D=128), steps="all"),
     "hardly any decay": Case(shape=Shape(B=1, T=200, D=128), steps=-16.0),
     "8 states": Case(shape=Shape(B=1, T=100, D=128, N=8)),
-    "128 states": Case(shape=Shape(B=1, T=70, D=128, N=128), packed=True),
+    "128 states": Case(shape=Shape(B=1, T=70, D=128, N=128, gated=True), packed=True),
     "small widths": Case(shape=Shape(B=2, T=70, D=24, N=5), packed=True),
+    "gate": Case(shape=Shape(B=2, T=63, D=200, gated=True)),
 }
 
 
 def inputs(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     rng = np.random.default_rng(0)
-    B, T, D, N = case.shape
+    B, T, D, N = case.shape[:4]
     mean = rng.choice([-20.0, -4.0, 0.0, 8.0], (B, T, D)) if case.steps == "all" else case.steps
     arrays = {
         "x": rng.standard_normal((B, T, D)),
@@ -48,6 +49,8 @@ def inputs(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     }
     if not case.fresh:
         arrays |= {"D": rng.standard_normal(D), "initial_state": rng.standard_normal((B, D, N))}
+    if case.shape.gated:  # of all sizes: 0, and so large that the gate is open or closed
+        arrays["gate"] = rng.choice([0.0, 1.0, 1.0, 1.0, 100.0], (B, T, D)) * rng.standard_normal((B, T, D))
     return arrays, conformance.documents(rng, B, T) if case.packed else None
 
 

@@ -1,8 +1,8 @@
 """The selective scan in Pallas kernels for Hopper GPUs (H100, H200) and Blackwell's B200, by Mosaic GPU.
 
 Here: which calls they take, how arguments are filled up, and how work is cut; the kernels are in the modules beside it.
-x, dt, B and C are read, and y and their cotangents written, where they lie and in the dtypes that they have. Copied are
-only widths that are no multiple of 32, and states that are no power of 2.
+x, dt, B, C and the gate are read, and y and their cotangents written, where they lie and in the dtypes that they have.
+Copied are only widths that are no multiple of 32, and states that are no power of 2.
 """
 
 import jax
@@ -24,29 +24,29 @@ MOST = 128  # states of a channel
 BACKWARD = {8: (32, 8, 8), 16: (32, 4, 4), 32: (32, 4, 2), 64: (16, 2, 1), 128: (8, 1, 1)}
 
 
-def supports(x, dt, A, B, C, D, initial_state, segment_ids) -> str | None:
+def supports(x, dt, A, B, C, D, initial_state, segment_ids, gate=None) -> str | None:
     """None, or what about the call is not supported."""
     device = devices.current()
     if not device.copies_tiles:
         return f"by Mosaic GPU needs a Hopper or Blackwell GPU, and this is {device.kind or device.platform}"
     if A.shape[1] > MOST:
         return f"by Mosaic GPU has up to {MOST} states of a channel, and these are {A.shape[1]}"
-    if any(a is not None and a.dtype == np.float64 for a in (x, dt, A, B, C, D, initial_state)):
+    if any(a is not None and a.dtype == np.float64 for a in (x, dt, A, B, C, D, initial_state, gate)):
         return "by Mosaic GPU computes in float32, and float64 is asked for"
     return None
 
 
-def run(x, dt, A, B, C, D, initial_state, segment_ids):
+def run(x, dt, A, B, C, D, initial_state, segment_ids, gate=None):
     """See `api.selective_scan`; arguments are checked there. Differentiable once, in reverse."""
     batch, length, width = x.shape
     states = A.shape[1]
     D = jnp.zeros((width,), F32) if D is None else D
     state = jnp.zeros((batch, width, states), F32) if initial_state is None else initial_state.astype(F32)
-    x, dt, D = (_fill(a, -1, LINES) for a in (x, dt, D))
+    x, dt, D, gate = (None if a is None else _fill(a, -1, LINES) for a in (x, dt, D, gate))
     B, C = (_fill_states(a) for a in (B, C))
     A, state = (_fill_states(_fill(a, -2, LINES)) for a in (A, state))
     call = _one_token if length == 1 else _scan
-    y, state = call(x, dt, A, B, C, D, state, segment_ids)
+    y, state = call(x, dt, A, B, C, D, state, gate, segment_ids)
     return y[..., :width], state[:, :width, :states]
 
 
@@ -63,28 +63,28 @@ def _fill_states(a):
 
 
 @jax.custom_vjp
-def _scan(x, dt, A, B, C, D, state, segment_ids):
-    (y, final), _ = _forward(x, dt, A, B, C, D, state, segment_ids, save=False)
+def _scan(x, dt, A, B, C, D, state, gate, segment_ids):
+    (y, final), _ = _forward(x, dt, A, B, C, D, state, gate, segment_ids, save=False)
     return y, final
 
 
-def _forward(x, dt, A, B, C, D, state, segment_ids, save=True):
+def _forward(x, dt, A, B, C, D, state, gate, segment_ids, save=True):
     batch, length, width = x.shape
     states = A.shape[1]
     tokens = BACKWARD[states][0] if save else LARGEST_TILE
     parts, part_tiles = mosaic_gpu_parts.cut(batch, length, width)
     plan = Plan(LINES, states, tokens, max(1, min(8, 128 // states)), 1, parts, part_tiles * (LARGEST_TILE // tokens))
-    arrays = {"x": x, "dt": dt, "B": B, "C": C} | _carries(plan, segment_ids)
+    arrays = {"x": x, "dt": dt, "B": B, "C": C} | _gated(gate) | _carries(plan, segment_ids)
     if parts > 1:
-        before = mosaic_gpu_parts.before_parts(plan, _without(arrays, "C"), A, state)
+        before = mosaic_gpu_parts.before_parts(plan, _without(arrays, "C", "gate"), A, state)
     else:
         before = state[:, None]
     y, final, *saved = forward(plan, arrays, A, D, before, save)
-    return (y, final[:, -1]), (x, dt, A, B, C, D, segment_ids, *saved)
+    return (y, final[:, -1]), (x, dt, A, B, C, D, gate, segment_ids, *saved)
 
 
 def _backward(residuals, cotangents):
-    x, dt, A, B, C, D, segment_ids, saved = residuals
+    x, dt, A, B, C, D, gate, segment_ids, saved = residuals
     dy, dfinal = cotangents
     batch, length, width = x.shape
     states = A.shape[1]
@@ -94,17 +94,21 @@ def _backward(residuals, cotangents):
     parts, part_tiles = mosaic_gpu_parts.cut(batch, length, width)
     part_tiles *= LARGEST_TILE // tokens
     plan = Plan(2 * LINES if wide else LINES, states, tokens, together, summed, parts, part_tiles)
-    arrays = {"x": x, "dt": dt, "B": B, "C": C, "dy": dy} | _carries(plan, segment_ids)
+    arrays = {"x": x, "dt": dt, "B": B, "C": C, "dy": dy} | _gated(gate) | _carries(plan, segment_ids)
     if parts > 1:
         after = mosaic_gpu_parts.after_parts(plan, _without(arrays, "x", "B"), A, dfinal)
     else:
         after = dfinal[:, None]
-    dx, ddt, dA, dB, dC, dD, before = backward(plan, arrays, A, D, saved, after)
+    dx, ddt, dgate, dA, dB, dC, dD, before = backward(plan, arrays, A, D, saved, after)
     dA, dB, dC, dD = (found.astype(a.dtype) for found, a in ((dA, A), (dB, B), (dC, C), (dD, D)))
-    return dx, ddt, dA, dB, dC, dD, before[:, 0], _nothing(segment_ids)
+    return dx, ddt, dA, dB, dC, dD, before[:, 0], dgate, _nothing(segment_ids)
 
 
 _scan.defvjp(_forward, _backward)
+
+
+def _gated(gate):
+    return {} if gate is None else {"gate": gate}
 
 
 def _carries(plan, segment_ids):
@@ -128,11 +132,11 @@ def _nothing(segment_ids):
 
 
 @jax.custom_vjp
-def _one_token(x, dt, A, B, C, D, state, segment_ids):
+def _one_token(x, dt, A, B, C, D, state, gate, segment_ids):
     plan = Plan(LINES, A.shape[1], LARGEST_TILE, 1)
     valid = None if segment_ids is None else (segment_ids[:, 0] != 0).astype(F32)
-    x, dt, B, C = (a[:, 0] for a in (x, dt, B, C))
-    y, state = step(plan, x, dt, A, B, C, D, valid, state)
+    x, dt, B, C, gate = (None if a is None else a[:, 0] for a in (x, dt, B, C, gate))
+    y, state = step(plan, x, dt, A, B, C, D, gate, valid, state)
     return y[:, None], state
 
 
@@ -143,7 +147,7 @@ def _one_token_forward(*arguments):
 def _one_token_backward(arguments, cotangents):
     """By XLA: nobody trains on one token."""
     *floats, segment_ids = arguments
-    _, pullback = jax.vjp(lambda *floats: chunked.run(*floats, segment_ids), *floats)
+    _, pullback = jax.vjp(lambda *floats: chunked.run(*floats[:-1], segment_ids, floats[-1]), *floats)
     return *pullback(cotangents), _nothing(segment_ids)
 
 

@@ -5,6 +5,8 @@
     dlog_t    = g_t a_t h_{t-1}          ddt_t = sum_n dlog_t A + du_t x_t          dx_t = du_t dt_t + D dy_t
     dA        = sum_t dlog_t dt_t
 
+With a gate z, dy is the cotangent times silu(z), and dz_t = silu'(z_t) times the cotangent and the ungated y_t.
+
 In a tile the states go forward first, and those before every few tokens are kept in shared memory; from there they are
 made again in registers, on the way back. Sums over channels go through shared memory too: 32 lines of partial sums are
 written for each token and then added up by other threads, in a quarter of the instructions that exchanges between the
@@ -29,11 +31,12 @@ from pallas_kernels.selective_scan.mosaic_gpu_tile import Tile, fetch, scratch
 
 def backward(
     plan: Plan, arrays: dict[str, jax.Array], A: jax.Array, D: jax.Array, saved: jax.Array, after: jax.Array
-) -> tuple[jax.Array, ...]:
-    """dx, ddt, dA, dB, dC, dD, and the cotangents of the states before each part [B, parts, D, N]; dA to dD in float32.
+) -> tuple[jax.Array | None, ...]:
+    """dx, ddt, dgate (or None), dA, dB, dC, dD, and the cotangents of the states before each part [B, parts, D, N]; dA to
+    dD in float32.
 
-    arrays: x, dt, B, C, dy, and `carries` if documents are packed. saved: the states before each tile.
-    after: the cotangents of the states after each part.
+    arrays: x, dt, B, C, dy, `gate` if there is one, and `carries` if documents are packed. saved: the states before each
+    tile. after: the cotangents of the states after each part.
     """
     x, dt = arrays["x"], arrays["dt"]
     batch, length, width = x.shape
@@ -49,8 +52,10 @@ def backward(
         dD=shape((batch, plan.parts, plan.stretch, width), F32),
         before=shape((batch, plan.parts, width, plan.states), F32),
     )
+    gated = "gate" in arrays
+    if gated:
+        out["dgate"] = shape(x.shape, arrays["gate"].dtype)
     memory = scratch(plan, stages, arrays) | dict(
-        of_decay=plgpu.SMEM((plan.tokens, plan.channels), F32),
         kept=plgpu.SMEM((plan.tokens // plan.together, len(plan.matrices), LINES, plan.columns), F32),
         # a line more than there are, so that neighbours do not lie in the same banks of memory
         lines=plgpu.SMEM((plan.summed * per_token, LINES + 1, plan.columns), F32),
@@ -76,9 +81,10 @@ def backward(
         thread_name="warpgroup",
         compiler_params=COMPILER,
     )
-    dx, ddt, weights, dA, dD, before = run(*arrays.values(), A, D, saved, after)
+    dx, ddt, weights, dA, dD, before, *dgate = run(*arrays.values(), A, D, saved, after)
     weights = weights.sum(axis=1).reshape(batch, tiles * plan.tokens, 2, plan.states)[:, :length]
-    return dx, ddt, dA.sum(axis=(0, 1)), weights[:, :, 0], weights[:, :, 1], dD.sum(axis=(0, 1, 2)), before
+    dgate = dgate[0] if gated else None
+    return dx, ddt, dgate, dA.sum(axis=(0, 1)), weights[:, :, 0], weights[:, :, 1], dD.sum(axis=(0, 1, 2)), before
 
 
 def _per_token(plan):
@@ -91,7 +97,7 @@ def _block(plan, stages, tiles, inputs, others, shared):
     channels = pl.ds(block * plan.channels, plan.channels)
     first, count = plan.tiles_of(part, tiles)
     groups, per_token = plan.tokens // plan.together, _per_token(plan)
-    kept, of_decay = shared["kept"], shared["of_decay"]
+    kept, gated = shared["kept"], "gate" in shared
 
     def start(i):
         fetch(plan, inputs, shared, row, block, first + count - 1 - i, lax.rem(i, jnp.int32(stages)))
@@ -99,6 +105,7 @@ def _block(plan, stages, tiles, inputs, others, shared):
     start(jnp.int32(0))
     A = plan.load_exponents(others["A"], block)
     skip = plgpu.load(others["D"].at[channels], layout=plan.of_channels.reduce(0), optimized=False).astype(F32)
+    skips = plan.load_row(others["D"], block) if gated else None
 
     def step(tile, t, h):
         """Of a token: dt, input and B; decays, the states before it decayed, the states after it."""
@@ -155,28 +162,36 @@ def _block(plan, stages, tiles, inputs, others, shared):
             add_lines(s, 1, [h_ * dy_ for h_, dy_ in zip(h, dy, strict=True)])
             dlog = [g_ * d for g_, d in zip(g, decayed, strict=True)]
             of_input = plan.over_states([g_ * B_ for g_, B_ in zip(g, B, strict=True)])
-            results.append((t, of_input, plan.over_states([d * A_ for d, A_ in zip(dlog, A, strict=True)])))
+            of_decay = plan.over_states([d * A_ for d, A_ in zip(dlog, A, strict=True)])
+            x, sizes = tile.row(tile.arrays["x"], t), tile.row(tile.arrays["dt"], t)
+            found = {"dt": {r: of_decay[r] * math.log(2) + of_input[r] * x[r] for r in plan.lines}}
+            found["input"] = {r: of_input[r] * sizes[r] for r in plan.lines}
+            if gated:
+                y, factor = plan.over_states([h_ * C_ for h_, C_ in zip(h, C, strict=True)]), tile.row(tile.arrays["gate"], t)
+                found["gate"] = {r: factor[r] * (y[r] + skips[r] * x[r]) for r in plan.lines}
+            results.append((t, found))
             dA = [old + d * dt_ for old, d, dt_ in zip(dA, dlog, dt, strict=True)]
             g = [a_ * g_ for a_, g_ in zip(a, g, strict=True)]
             if s % plan.summed == 0:
                 sum_lines(t)
-        for t, *both in results:
-            for reference, of_channels in zip((tile.input, of_decay), both, strict=True):
+        # A barrier has come since they were read.
+        for t, found in results:
+            for name, of_channels in found.items():
+                reference = tile.input if name == "input" else tile.arrays[name]
                 for r, value in of_channels.items():
-                    reference[t, pl.ds(r, LINES)] = value
+                    reference[t, pl.ds(r, LINES)] = value.astype(reference.dtype)
         return g, dA
 
     def finish(tile, dD):
-        """Makes dx and ddt of the sums over states, in the place of x and dt."""
+        """Makes dx in the place of x; those of dt and the gate are there, but for padding."""
         for at in tile.stretches():
-            dt, x, dy = (tile.read(name, at) for name in ("dt", "x", "dy"))
-            of_input, dlog = (plgpu.load(a.at[*at], layout=plan.of_channels) for a in (tile.input, of_decay))
-            ddt = dlog * math.log(2) + of_input * x
-            if tile.packed:
-                ddt = jnp.where(tile.valid(at[0], plan.channels, plan.of_channels), ddt, 0.0)
+            x, dy = (tile.read(name, at) for name in ("x", "dy"))
+            through_state = plgpu.load(tile.input.at[*at], layout=plan.of_channels)
             dD = dD + dy * x
-            tile.write("x", at, of_input * dt + along_columns(skip, plan.stretch, plan.of_channels) * dy)
-            tile.write("dt", at, ddt)
+            tile.write("x", at, through_state + along_columns(skip, plan.stretch, plan.of_channels) * dy)
+            for name in ("dt", "gate"):
+                if tile.packed and name in tile.arrays:
+                    tile.write(name, at, tile.read(name, at))
         return dD
 
     def visit(i, carry):
@@ -196,8 +211,9 @@ def _block(plan, stages, tiles, inputs, others, shared):
         dD = finish(tile, dD)
         plgpu.commit_smem()
         tokens = pl.ds(n * plan.tokens, plan.tokens)
-        plgpu.copy_smem_to_gmem(tile.arrays["x"], others["dx"].at[row, tokens, channels])
-        plgpu.copy_smem_to_gmem(tile.arrays["dt"], others["ddt"].at[row, tokens, channels])
+        for name in ("x", "dt", "gate"):
+            if name in tile.arrays:
+                plgpu.copy_smem_to_gmem(tile.arrays[name], others[f"d{name}"].at[row, tokens, channels])
         lines = pl.ds(n * plan.tokens * per_token, plan.tokens * per_token)
         plgpu.copy_smem_to_gmem(shared["sums"], others["weights"].at[row, block, lines])
         return g, dA, dD

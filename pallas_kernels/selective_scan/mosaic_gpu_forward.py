@@ -21,7 +21,8 @@ def forward(
 ) -> list[jax.Array]:
     """y, the states after each part [B, parts, D, N], and if `save` the states before each tile [B, tiles, D, N].
 
-    arrays: x, dt, B, C, and `carries` if documents are packed. initial: the states before each part, [B, parts, D, N].
+    arrays: x, dt, B, C, `gate` if there is one, and `carries` if documents are packed. initial: the states before each
+    part, [B, parts, D, N].
     """
     batch, length, width = arrays["x"].shape
     tiles = pl.cdiv(length, plan.tokens)
@@ -95,6 +96,8 @@ def _block(plan, stages, tiles, inputs, A, D, initial, y, final, saved, shared):
         for at in tile.stretches():
             out = plgpu.load(tile.input.at[*at], layout=plan.of_channels)
             out = out + along_columns(skip, plan.stretch, plan.of_channels) * tile.read("x", at)
+            if "gate" in tile.arrays:
+                out = out * jax.nn.silu(tile.read("gate", at))
             shared["y"][*at] = out.astype(y.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(shared["y"], y.at[row, pl.ds(n * plan.tokens, plan.tokens), channels])

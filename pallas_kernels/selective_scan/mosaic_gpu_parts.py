@@ -39,8 +39,8 @@ def before_parts(plan: Plan, arrays: dict[str, jax.Array], A: jax.Array, initial
 
 
 def after_parts(plan: Plan, arrays: dict[str, jax.Array], A: jax.Array, final: jax.Array) -> jax.Array:
-    """The cotangents of the states after each part [B, parts, D, N]. arrays: dy, dt, C and maybe `carries`. final: [B,
-    D, N], that of the last state."""
+    """The cotangents of the states after each part [B, parts, D, N]. arrays: dy, dt, C and maybe `gate` and `carries`.
+    final: [B, D, N], that of the last state."""
     first, after = lax.scan(_after, final, _parts(plan, arrays, A, backward=True), reverse=True)
     return jnp.concatenate([first[None], after]).swapaxes(0, 1)
 

@@ -116,6 +116,12 @@ class Plan:
         parts = self._cut(array, block)
         return [plgpu.load(part, layout=self.of_states, optimized=False).astype(F32) for part in parts]
 
+    def load_row(self, array: Any, block: Any) -> dict[int, jax.Array]:
+        """The block's part of [D] in global memory, float32 [32] by first channel."""
+        first, layout = block * self.channels, self.of_states.reduce(1)
+        parts = {r: array.at[pl.ds(first + r, LINES)] for r in self.lines}
+        return {r: plgpu.load(part, layout=layout, optimized=False).astype(F32) for r, part in parts.items()}
+
     def load_exponents(self, A: Any, block: Any) -> list[jax.Array]:
         """The block's part of A, for exponents of 2."""
         return [a * math.log2(math.e) for a in self.load(A, block)]

@@ -17,16 +17,20 @@ def step(
     B: jax.Array,
     C: jax.Array,
     D: jax.Array,
+    gate: jax.Array | None,
     valid: jax.Array | None,
     states: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """y [B, D] and the states after the token. x, dt: [B, D]. B, C: [B, N].  valid: float32 [B], 0 for
+    """y [B, D] and the states after the token. x, dt, gate: [B, D]. B, C: [B, N]. valid: float32 [B], 0 for
     padding; None: there is none."""
 
+    extra = {name: array for name, array in {"gate": gate, "valid": valid}.items() if array is not None}
+
     def selective_scan_step(x, dt, A, B, C, D, *rest):
-        *valid, states, y = rest
+        *rest, states, y = rest
+        given = dict(zip(extra, rest, strict=True))
         block, row = lax.axis_index("block"), lax.axis_index("row")
-        here = None if not valid else valid[0][row] > 0
+        here = given["valid"][row] > 0 if "valid" in given else None
 
         def read(reference, start, size, axis):
             layout = plan.of_states.reduce(axis)
@@ -48,8 +52,10 @@ def step(
         ]
         plan.store(states.at[row], block, h)
         for r, value in plan.over_states([h_ * c for h_, c in zip(h, C_, strict=True)]).items():
-            part = y.at[row, pl.ds(first + r, LINES)]
-            plgpu.store(part, (value + skip[r] * x_[r]).astype(y.dtype), optimized=False)
+            out = value + skip[r] * x_[r]
+            if "gate" in given:
+                out = out * jax.nn.silu(read(given["gate"].at[row], first + r, LINES, 1))
+            plgpu.store(y.at[row, pl.ds(first + r, LINES)], out.astype(y.dtype), optimized=False)
 
     run = plgpu.kernel(
         selective_scan_step,
@@ -61,5 +67,5 @@ def step(
         compiler_params=COMPILER,
     )
     states = jax.new_ref(states)
-    y = run(x, dt, A, B, C, D, *([] if valid is None else [valid]), states)
+    y = run(x, dt, A, B, C, D, *extra.values(), states)
     return y, jax.freeze(states)

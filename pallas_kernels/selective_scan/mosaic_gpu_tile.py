@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.selective_scan.mosaic_gpu_plan import F32, LINES, WORDS, Plan, along_columns, along_lines
 
-BY_CHANNEL = ("x", "dt", "dy")  # [B, T, D]
+BY_CHANNEL = ("x", "dt", "dy", "gate")  # [B, T, D]
 BY_STATE = ("B", "C")  # [B, T, N]
 
 
@@ -44,6 +44,7 @@ def fetch(plan: Plan, arrays: dict[str, Any], shared: dict[str, Any], row: Any, 
 
 class Tile:
     """The tile in one slot. Tokens of padding are made harmless in place: they have dt = 0, and nothing else either.
+    Where there is a gate z, dy becomes dy silu(z), and z then dy silu'(z), what the ungated y is multiplied by for dz.
 
     input: float32 [tokens, channels] in shared memory, dt x (or dy); free for results once it was read.
     """
@@ -79,10 +80,15 @@ class Tile:
     def prepare(self) -> None:
         """Makes `input` and the weights in float32. A barrier has to come next."""
         for at in self.stretches():
+            if "gate" in self.arrays and "dy" in self.arrays:
+                dy, z = self.read("dy", at), self.read("gate", at)
+                part = jax.nn.sigmoid(z)
+                self.write("dy", at, dy * z * part)
+                self.write("gate", at, dy * part * (1 + z * (1 - part)))
+            elif self.packed and "dy" in self.arrays:
+                self.write("dy", at, self.read("dy", at))
             if self.packed:
-                for name in ("dt", "dy"):
-                    if name in self.arrays:
-                        self.write(name, at, self.read(name, at))
+                self.write("dt", at, self.read("dt", at))
             self.input[*at] = self.read("dt", at) * self.read("x", at) if "x" in self.arrays else self.read("dy", at)
         for name, floats in self.floats.items():
             values = plgpu.load(self.arrays[name], layout=self.plan.of_weights).astype(F32)
@@ -91,14 +97,14 @@ class Tile:
                 values = jnp.where(valid, values, 0.0)
             floats[...] = values
 
+    def row(self, reference: Any, t: Any) -> dict[int, jax.Array]:
+        """A token's numbers of channels in float32 [32], by first channel."""
+        layout = self.plan.of_states.reduce(1)
+        return {r: plgpu.load(reference.at[t, pl.ds(r, LINES)], layout=layout).astype(F32) for r in self.plan.lines}
+
     def channels(self, reference: Any, t: Any) -> list[jax.Array]:
         """A token's numbers of channels in float32, for each matrix of states."""
-        return self.plan.spread(
-            {
-                r: plgpu.load(reference.at[t, pl.ds(r, LINES)], layout=self.plan.of_states.reduce(1)).astype(F32)
-                for r in self.plan.lines
-            }
-        )
+        return self.plan.spread(self.row(reference, t))
 
     def weights(self, name: str, t: Any) -> list[jax.Array]:
         """B or C of a token, for each matrix of states."""

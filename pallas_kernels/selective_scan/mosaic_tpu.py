@@ -1,7 +1,7 @@
 """The selective scan on a TPU by Pallas kernels (Mosaic): forward, backward and one token.
 
-A call of many tokens reads x and dt once and writes y once; the small arrays (A, B, C, D, states) are turned and filled
-up by XLA before the kernels. What the backward pass keeps is a state for every 128 tokens.
+A call of many tokens reads x, dt and the gate once and writes y once; the small arrays (A, B, C, D, states) are turned
+and filled up by XLA before the kernels. What the backward pass keeps is a state for every 128 tokens.
 """
 
 import functools
@@ -23,14 +23,15 @@ from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
 MOST_STATES = LANES
 
 
-def supports(x, dt, A, B, C, D, initial_state, segment_ids) -> str | None:
+def supports(x, dt, A, B, C, D, initial_state, segment_ids, gate=None) -> str | None:
     """None, or what about the call is not supported."""
     platform = devices.current().platform
     if platform != "tpu":
         return f"by Mosaic TPU needs a TPU, and this is {platform}"
     if A.shape[1] > MOST_STATES:
         return f"by Mosaic TPU has at most {MOST_STATES} states a channel, and A has {A.shape[1]}"
-    for name, array in {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}.items():
+    floats = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "gate": gate, "initial_state": initial_state}
+    for name, array in floats.items():
         if array is not None and array.dtype not in ("bfloat16", "float32"):
             return f"by Mosaic TPU is for bfloat16 and float32, and {name} is {array.dtype}"
     return None
@@ -45,6 +46,7 @@ def run(
     D: Float[Array, "D"] | None,
     initial_state: Float[Array, "B D N"] | None,
     segment_ids: Int[Array, "B T"] | None,
+    gate: Float[Array, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """See `api.selective_scan`. y in x's dtype, the final state in float32. Differentiable once, in reverse."""
     batch, length, width = x.shape
@@ -59,11 +61,13 @@ def run(
         starts, valid = document_starts(segment_ids)
         B, C = (jnp.where(valid[..., None], a, 0) for a in (B, C))
     if length == 1:
-        y, state = _step(x[:, 0], dt[:, 0], A.T, B[:, 0], C[:, 0], D[None], initial_state.swapaxes(1, 2), valid)
+        x, dt, B, C, gate = (None if a is None else a[:, 0] for a in (x, dt, B, C, gate))
+        y, state = _step(x, dt, A.T, B, C, D[None], initial_state.swapaxes(1, 2), gate, valid)
         return y[:, None], state.swapaxes(1, 2)
 
     filled = states if states <= 2 else _up(states, TOGETHER if states <= STATES else STATES)
-    plan = layout(length, width, filled, batch, x.dtype.itemsize, marked=valid is not None)
+    itemsize = max(a.dtype.itemsize for a in (x, gate) if a is not None)
+    plan = layout(length, width, filled, batch, itemsize, marked=valid is not None)
     by_channel = functools.partial(_by_channel, plan)
     marks = None
     if plan.marked:
@@ -75,46 +79,47 @@ def run(
     weights = (batch, _up(filled, LINES), _up(length, CHUNK))
     B, C = (_fill(a.swapaxes(1, 2), weights) for a in (B, C))
     skips = _fill(D[None], (1, plan.parts * plan.part))
-    y, state = _scan(plan, x, dt, by_channel(A), B, C, skips, marks, by_channel(initial_state))
+    y, state = _scan(plan, x, dt, by_channel(A), B, C, skips, marks, by_channel(initial_state), gate)
     state = state.reshape(batch, filled, -1)[:, :states, :width].swapaxes(1, 2)
     return y, state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(plan, x, dt, A, B, C, D, marks, initial_state):
-    return forward(plan, x, dt, _rates(A), B, C, D, marks, initial_state, save=False)[:2]
+def _scan(plan, x, dt, A, B, C, D, marks, initial_state, gate):
+    return forward(plan, x, dt, _rates(A), B, C, D, marks, initial_state, gate, save=False)[:2]
 
 
-def _forward(plan, x, dt, A, B, C, D, marks, initial_state):
-    y, state, saved = forward(plan, x, dt, _rates(A), B, C, D, marks, initial_state, save=True)
-    return (y, state), (x, dt, A, B, C, D, marks, saved)
+def _forward(plan, x, dt, A, B, C, D, marks, initial_state, gate):
+    y, state, saved = forward(plan, x, dt, _rates(A), B, C, D, marks, initial_state, gate, save=True)
+    return (y, state), (x, dt, A, B, C, D, marks, saved, gate)
 
 
 def _backward(plan, residuals, cotangents):
-    x, dt, A, B, C, D, marks, saved = residuals
-    dy, dstate = cotangents
-    dx, ddt, dA, dB, dC, dD, dinitial = backward(plan, x, dt, _rates(A), B, C, D, marks, saved, dy, dstate)
+    x, dt, A, B, C, D, marks, saved, gate = residuals
+    results = backward(plan, x, dt, _rates(A), B, C, D, marks, saved, gate, *cotangents)
+    dx, ddt, dgate, dA, dB, dC, dD, dinitial = results
     dmarks = jax.tree.map(jnp.zeros_like, marks)  # nothing flows through it
-    return dx, ddt, dA.sum(0), dB.sum(1), dC.sum(1), dD.sum((0, 1))[None], dmarks, dinitial
+    return dx, ddt, dA.sum(0), dB.sum(1), dC.sum(1), dD.sum((0, 1))[None], dmarks, dinitial, dgate
 
 
 _scan.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
-def _step(x, dt, A, B, C, D, state, valid):
+def _step(x, dt, A, B, C, D, state, gate, valid):
     mask = None if valid is None else valid.astype(jnp.int32)
-    return step(x, dt, A * math.log2(math.e), B, C, D, state, mask)
+    return step(x, dt, A * math.log2(math.e), B, C, D, state, gate, mask)
 
 
-def _step_in_jax(x, dt, A, B, C, D, state, valid):
+def _step_in_jax(x, dt, A, B, C, D, state, gate, valid):
     """The same in plain JAX, for its gradients: nobody trains on one token."""
     dtype = x.dtype
     x, dt = x.astype(jnp.float32), dt.astype(jnp.float32)
     if valid is not None:
-        x, dt = (jnp.where(valid, a, 0) for a in (x, dt))
+        x, dt, gate = (None if a is None else jnp.where(valid, a, 0) for a in (x, dt, gate))
     state = jnp.exp(dt[:, None] * A[None]) * state + (dt * x)[:, None] * B[..., None]
-    return ((state * C[..., None]).sum(1) + x * D).astype(dtype), state
+    y = (state * C[..., None]).sum(1) + x * D
+    return (y if gate is None else y * jax.nn.silu(gate.astype(jnp.float32))).astype(dtype), state
 
 
 def _step_forward(*arguments):

@@ -6,6 +6,7 @@ With g_t the gradient of the state after token t, and u_t = exp(dt_t A) h_{t-1}:
     dx_t = dt_t sum_n (g_t B_t) + D dy_t           dA    = sum_t g_t u_t dt_t
     dB_t = sum_d g_t dt_t x_t                      dC_t  = sum_d h_t dy_t
 
+With a gate z, dy is the cotangent times silu(z), and dz_t = silu'(z_t) times the cotangent and the ungated y_t.
 For 1,024 channels and 16 states at a time a chunk is gone through forward, which gives u of all its tokens and the
 terms of dC, and then backward. The terms of dB and dC are added up over registers of channels, each in its place, and
 over the channels of a register at the end of the chunk.
@@ -25,13 +26,13 @@ from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
     token, unrolled, weight,
 )  # fmt: skip
 
-INPUT, STEP, COTANGENT, OF_INPUT, OF_STEP = range(5)  # what is kept of the tokens of a chunk
+INPUT, STEP, COTANGENT, OF_INPUT, OF_STEP, OUTPUT = range(6)  # what is kept of the tokens of a chunk
 AHEAD = 2  # with more, a v6e runs out of registers
 
 
-def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
-    """Returns dx, ddt; dA `[B, N, ., 8, 128]`; dB, dC `[B, parts, N, T]` filled up like B; dD `[B, 8, channels]`, to be
-    summed; and the gradient of the initial state. dy, dstate: of y and of the final state; the rest as in `forward`."""
+def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, gate, dy, dstate):
+    """Returns dx, ddt, dgate (or None); dA `[B, N, ., 8, 128]`; dB, dC `[B, parts, N, T]` filled up like B; dD `[B, 8,
+    channels]`, to be summed; and the gradient of the initial state. dy, dstate: of y and of the final state; the rest as in `forward`."""
     batch, last, of_channels = x.shape[0], layout.chunks - 1, (layout.states, layout.part // TILE, LINES, LANES)
     of_tokens = pl.BlockSpec((None, CHUNK, layout.part), lambda b, p, c: (b, last - c, p))
     of_state = pl.BlockSpec((None, *of_channels), lambda b, p, c: (b, 0, p, 0, 0))
@@ -54,10 +55,12 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
             None if marks is None else pl.BlockSpec((None, LINES, CHUNK), lambda b, p, c: (b, 0, last - c)),
             pl.BlockSpec((None, None, *of_channels), lambda b, p, c: (b, last - c, 0, p, 0, 0)),
             of_state,
+            None if gate is None else of_tokens,
         ],
         out_specs=[
             of_tokens,
             of_tokens,
+            None if gate is None else of_tokens,
             of_state,
             of_parts,
             of_parts,
@@ -67,6 +70,7 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct(dt.shape, dt.dtype),
+            None if gate is None else jax.ShapeDtypeStruct(gate.shape, gate.dtype),
             by_state,
             by_part,
             by_part,
@@ -77,7 +81,7 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
             pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
             pltpu.VMEM((layout.states, CHUNK, LANES), jnp.float32),
             None if marks is None else pltpu.VMEM((1, CHUNK, LANES), jnp.float32),
-            pltpu.VMEM((5, 1, *of_chunk), jnp.float32),
+            pltpu.VMEM((5 if gate is None else 6, 1, *of_chunk), jnp.float32),
             pltpu.VMEM((some_states, *of_chunk), jnp.float32),
             pltpu.VMEM((some_states, *of_chunk), jnp.float32) if layout.state_groups == 1 else None,
             pltpu.VMEM((some_states, CHUNK, LINES, LANES), jnp.float32),
@@ -87,12 +91,12 @@ def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, dy, dstate):
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         name=f"selective_scan_backward_{layout.part}",
-    )(x, dt, dy, rates, B, C, D, marks, saved, dstate)
+    )(x, dt, dy, rates, B, C, D, marks, saved, dstate, gate)
 
 
 def _kernel(
-    layout, x, dt, dy, rates, B, C, D, marks, saved, dstate,
-    dx, ddt, dA, dB, dC, dD, carry,
+    layout, x, dt, dy, rates, B, C, D, marks, saved, dstate, gate,
+    dx, ddt, dgate, dA, dB, dC, dD, carry,
     b, c, mark, kept, of_C, of_B, decayed, state,
 ):  # fmt: skip
     if of_B is None:
@@ -119,6 +123,12 @@ def _kernel(
     tiles, here, together = layout.part // TILE, min(layout.states, STATES), layout.together(1)
     count = layout.token_groups(layout.chunks - 1 - pl.program_id(2))
 
+    def of_ungated(group, k):
+        """The cotangent of what the gate multiplies, padding's as well."""
+        if gate is None:
+            return group.read(dy, k)
+        return group.read(dy, k) * jax.nn.silu(group.read(gate, k))
+
     def of_some(n, _):
         """A register of channels, and STATES states."""
         tile, group_of_states = n // layout.state_groups, n % layout.state_groups
@@ -135,7 +145,7 @@ def _kernel(
                 step = group.read(dt, k)
                 put_rows(kept.at[INPUT], first, k, group.real(step * group.read(x, k), k))
                 put_rows(kept.at[STEP], first, k, group.step(step, k))
-                put_rows(kept.at[COTANGENT], first, k, group.real(group.read(dy, k), k))
+                put_rows(kept.at[COTANGENT], first, k, group.real(of_ungated(group, k), k))
                 return 0
 
             return unrolled(LINES, turn, 0)
@@ -145,13 +155,17 @@ def _kernel(
                 local, states = pl.ds(first, together), pl.ds(first_state + first, together)
                 rate = rates[states, tile]
 
-                def visit(t, h, local=local, states=states, rate=rate):
+                def visit(t, h, local=local, states=states, rate=rate, first=first):
                     at, now = token(i * GROUPS, t), i * TOKENS + t
                     inputs, step, cotangent = (kept[k, 0, *at][None] for k in (INPUT, STEP, COTANGENT))
                     u = jnp.exp2(step * rate) * h
                     decayed[local, now] = u
                     h = u + inputs * weight(b, states, now)
                     of_C[local, *at] += h * cotangent
+                    if gate is not None:
+                        before = kept[OUTPUT, 0, *at]
+                        before = jnp.where(first_state + first > 0, before, 0) if first == 0 else before
+                        kept[OUTPUT, 0, *at] = before + (h * weight(c, states, now)).sum(0)
                     return h
 
                 state[local] = unrolled(TOKENS, visit, state[local])
@@ -192,7 +206,12 @@ def _kernel(
             def turn(k, _):
                 of_input = take_rows(kept.at[OF_INPUT], first, k)
                 of_step = take_rows(kept.at[OF_STEP], first, k) * math.log(2)
-                of_y, of_x = group.real(group.read(dy, k), k), group.real(group.read(x, k), k)
+                of_y, of_x = take_rows(kept.at[COTANGENT], first, k), group.real(group.read(x, k), k)
+                if gate is not None:
+                    z = group.read(gate, k)
+                    part = jax.nn.sigmoid(z)
+                    ungated = take_rows(kept.at[OUTPUT], first, k) + of_x * D[0:1, group.lanes(k)]
+                    group.write(dgate, k, group.real(group.read(dy, k) * part * (1 + z * (1 - part)) * ungated, k))
                 group.write(dx, k, of_input * group.real(group.read(dt, k), k) + of_y * D[0:1, group.lanes(k)])
                 group.write(ddt, k, group.real(of_step, k) + of_input * of_x)
                 skipped = of_y * of_x

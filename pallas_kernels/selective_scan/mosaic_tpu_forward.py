@@ -21,11 +21,11 @@ INPUT, STEP, OUTPUT = range(3)  # what is kept of two groups of tokens, by turns
 AHEAD = 6  # hides how long a token takes
 
 
-def forward(layout: Layout, x, dt, rates, B, C, D, marks, initial_state, save: bool):
+def forward(layout: Layout, x, dt, rates, B, C, D, marks, initial_state, gate, save: bool):
     """Returns y like x, the final state, and the states before each chunk `[B, T / CHUNK, N, ., 8, 128]` or None.
 
-    x, dt: `[B, T, D]`. rates: A log2(e), float32 `[N, ., 8, 128]`, channels filled up to whole parts; so are the states
-    `[B, N, ., 8, 128]` and D, `[1, channels]`. B, C: float32 `[B, N filled up to lines, T filled up to chunks]`, 0 for
+    x, dt, gate: `[B, T, D]`, the last one maybe None. rates: A log2(e), float32 `[N, ., 8, 128]`, channels filled up to
+    whole parts; so are the states `[B, N, ., 8, 128]` and D, `[1, channels]`. B, C: float32 `[B, N filled up to lines, T filled up to chunks]`, 0 for
     padding. marks: likewise, in the first of 8 lines, or None.
     """
     of_channels = (layout.states, layout.part // TILE, LINES, LANES)
@@ -46,6 +46,7 @@ def forward(layout: Layout, x, dt, rates, B, C, D, marks, initial_state, save: b
             pl.BlockSpec((1, layout.part), lambda b, p, c: (0, p)),
             None if marks is None else pl.BlockSpec((None, LINES, CHUNK), lambda b, p, c: (b, 0, c)),
             of_state,
+            None if gate is None else of_tokens,
         ],
         out_specs=[of_tokens, of_state, of_saved if save else None],
         out_shape=[
@@ -63,11 +64,11 @@ def forward(layout: Layout, x, dt, rates, B, C, D, marks, initial_state, save: b
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         name=f"selective_scan_forward_{layout.part}",
-    )(x, dt, rates, B, C, D, marks, initial_state)
+    )(x, dt, rates, B, C, D, marks, initial_state, gate)
 
 
 def _kernel(
-    layout, x, dt, rates, B, C, D, marks, initial_state, y, state, saved, b, c, mark, kept,
+    layout, x, dt, rates, B, C, D, marks, initial_state, gate, y, state, saved, b, c, mark, kept,
 ):  # fmt: skip
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -139,6 +140,8 @@ def _kernel(
 
         def write(k, _):
             out = take_rows(kept.at[OUTPUT], half, k) + group.read(x, k) * D[0:1, group.lanes(k)]
+            if gate is not None:
+                out = out * jax.nn.silu(group.read(gate, k))
             group.write(y, k, group.real(out, k))
             return 0
 

@@ -15,11 +15,11 @@ from pallas_kernels.selective_scan.mosaic_tpu_tiles import LANES, LINES, TOGETHE
 ELEMENTS = 2**18  # of the states in a block: a MiB
 
 
-def step(x, dt, rates, B, C, D, state, valid):
+def step(x, dt, rates, B, C, D, state, gate, valid):
     """Returns y `[B, D]` in x's dtype and the state after the token.
 
-    x, dt: `[B, D]`. rates: A log2(e), `[N, D]`. B, C: `[B, N]`, 0 for padding. D: `[1, D]`. state: `[B, N, D]`. valid:
-    int32 `[B, 1]` or None. All but x and dt in float32.
+    x, dt: `[B, D]`. rates: A log2(e), `[N, D]`. B, C: `[B, N]`, 0 for padding. D: `[1, D]`. state: `[B, N, D]`. gate:
+    `[B, D]` or None. valid: int32 `[B, 1]` or None. All but x, dt and gate in float32.
     """
     batch, states, width = state.shape
     rows = batch if batch < LINES else LINES
@@ -34,6 +34,7 @@ def step(x, dt, rates, B, C, D, state, valid):
         (B, of_weights),
         (C, of_weights),
         (D, pl.BlockSpec((1, part), lambda b, p: (0, p))),
+        (gate, None if gate is None else of_rows),
         (valid, None if valid is None else pl.BlockSpec((rows, 1), lambda b, p: (b, 0))),
         (state, of_states),
     ]
@@ -52,16 +53,16 @@ def step(x, dt, rates, B, C, D, state, valid):
     )(*(array for array, _ in arguments))  # fmt: skip
 
 
-def _kernel(x, dt, rates, B, C, D, valid, state, y, after):
+def _kernel(x, dt, rates, B, C, D, gate, valid, state, y, after):
     rows, states, part = state.shape
     b, c = B[...].T, C[...].T
     lanes = max(LANES, TOGETHER * LANES * LINES // max(states, LINES))  # a few registers of each row
 
     def columns(at, lanes):
         here = pl.ds(at, lanes)
-        inputs, steps = x[:, here].astype(jnp.float32), dt[:, here].astype(jnp.float32)
+        inputs, steps, *z = (a[:, here].astype(jnp.float32) for a in (x, dt, gate) if a is not None)
         if valid is not None:
-            inputs, steps = (jnp.where(valid[...] != 0, a, 0) for a in (inputs, steps))
+            inputs, steps, *z = (jnp.where(valid[...] != 0, a, 0) for a in (inputs, steps, *z))
         skipped, weighed, rate = inputs * D[:, here], inputs * steps, rates[:, here]
         outs = []
         for row in range(rows):
@@ -69,7 +70,10 @@ def _kernel(x, dt, rates, B, C, D, valid, state, y, after):
             h = jnp.exp2(steps[line] * rate) * state[row, :, here] + weighed[line] * b[:, line]
             after[row, :, here] = h
             outs.append((h * c[:, line]).sum(0, keepdims=True))
-        y[:, here] = (jnp.concatenate(outs, axis=0) + skipped).astype(y.dtype)
+        out = jnp.concatenate(outs, axis=0) + skipped
+        if z:
+            out = out * jax.nn.silu(z[0])
+        y[:, here] = out.astype(y.dtype)
 
     whole = part // lanes
 

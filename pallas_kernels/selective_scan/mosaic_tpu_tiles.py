@@ -76,7 +76,7 @@ class Layout:
 def layout(length: int, width: int, states: int, batch: int, itemsize: int, marked: bool) -> Layout:
     """The widest parts that fit, so that B and C are spread seldom; two at least for the two cores of some chips.
 
-    itemsize: bytes of an element of x.
+    itemsize: bytes of an element of x, or of the gate.
     """
     most = WIDEST // 4 if states > 64 else WIDEST // 2 if states > 16 or itemsize > 2 else WIDEST
     two_cores = devices.current().kind in ("TPU v4", "TPU v5", "TPU v5p") and batch == 1

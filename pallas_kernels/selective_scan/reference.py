@@ -7,18 +7,19 @@ from pallas_kernels.dispatch import compute_dtype
 from pallas_kernels.segments import document_starts, without_padding
 
 
-def in_one_dtype(x, dt, A, B, C, D, initial_state):
+def in_one_dtype(x, dt, A, B, C, D, initial_state, gate):
     """The arguments in the dtype of the computation, zeros for a D or an initial state that is None."""
-    floats = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}
+    D = jnp.zeros(A.shape[:1], x.dtype) if D is None else D
+    initial_state = jnp.zeros((x.shape[0], *A.shape), x.dtype) if initial_state is None else initial_state
+    floats = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state, "gate": gate}
     dtype = compute_dtype(floats)
-    shapes = {"D": A.shape[:1], "initial_state": (x.shape[0], *A.shape)}
-    return [jnp.zeros(shapes[n], dtype) if a is None else a.astype(dtype) for n, a in floats.items()]
+    return [None if a is None else a.astype(dtype) for a in floats.values()]
 
 
-def run(x, dt, A, B, C, D, initial_state, segment_ids):
+def run(x, dt, A, B, C, D, initial_state, segment_ids, gate=None):
     """See `api.selective_scan`. One `lax.scan` step per token; arguments are checked there."""
     given = x.dtype
-    x, dt, A, B, C, D, initial_state = in_one_dtype(x, dt, A, B, C, D, initial_state)
+    x, dt, A, B, C, D, initial_state, gate = in_one_dtype(x, dt, A, B, C, D, initial_state, gate)
     if segment_ids is None:
         valid = jnp.ones(x.shape[:2], bool)
         starts = jnp.zeros(x.shape[:2], bool)
@@ -36,4 +37,7 @@ def run(x, dt, A, B, C, D, initial_state, segment_ids):
 
     tokens = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (x, dt, B, C, valid, starts))
     final_state, y = jax.lax.scan(step, initial_state, tokens)
-    return y.swapaxes(0, 1).astype(given), final_state
+    y = y.swapaxes(0, 1)
+    if gate is not None:
+        y = y * jax.nn.silu(gate if segment_ids is None else without_padding(gate, valid))
+    return y.astype(given), final_state

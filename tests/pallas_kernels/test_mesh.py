@@ -69,10 +69,10 @@ def delta_rule(rows):
 def selective_scan(rows):
     x, B = real(rows, T, HEADS), real(rows, T, KEYS)
 
-    def call(x, dt, A, B, C, D):
-        return pallas_kernels.selective_scan(x, dt, A, B, C, D, segment_ids=jnp.asarray(ids(rows)), **BY)
+    def call(x, dt, A, B, C, D, gate):
+        return pallas_kernels.selective_scan(x, dt, A, B, C, D, gate=gate, segment_ids=jnp.asarray(ids(rows)), **BY)
 
-    return call, (x, np.exp(x), decays(HEADS, KEYS), B, 2 * B, real(HEADS))
+    return call, (x, np.exp(x), decays(HEADS, KEYS), B, 2 * B, real(HEADS), real(rows, T, HEADS))
 
 
 def wkv(rows):

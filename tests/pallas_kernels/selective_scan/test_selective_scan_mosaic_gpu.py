@@ -16,13 +16,13 @@ from pallas_kernels.selective_scan.shapes import Shape
 
 CASES = {
     "one token": Case(shape=Shape(B=1, T=1, D=32)),
-    "one token, padded": Case(shape=Shape(B=3, T=1, D=40), packed=True),
+    "one token, padded": Case(shape=Shape(B=3, T=1, D=40, gated=True), packed=True),
     "one tile": Case(shape=Shape(B=1, T=8, D=32), fresh=True),
-    "ragged, blocks of 64 channels": Case(shape=Shape(B=2, T=21, D=64)),
+    "ragged, blocks of 64 channels": Case(shape=Shape(B=2, T=21, D=64, gated=True)),
     "packed": Case(shape=Shape(B=2, T=37, D=32), packed=True),
     "parts": Case(shape=Shape(B=1, T=45, D=32, N=8), steps="all"),
-    "packed parts": Case(shape=Shape(B=2, T=45, D=32, N=8), packed=True),
-    "64 states": Case(shape=Shape(B=1, T=13, D=32, N=64), packed=True),
+    "packed parts": Case(shape=Shape(B=2, T=45, D=32, N=8, gated=True), packed=True),
+    "64 states": Case(shape=Shape(B=1, T=13, D=32, N=64, gated=True), packed=True),
     "small widths": Case(shape=Shape(B=2, T=11, D=24, N=5), steps=-16.0),
 }
 SUITE = dataclasses.replace(conformance.SUITE, cases=CASES)
@@ -60,7 +60,7 @@ class TestMosaicGPU(conformance_tests(SUITE)):
 
 
 def test_conforms_in_float32_and_tiles_of_32():
-    case = Case(shape=Shape(B=1, T=35, D=32), packed=True)
+    case = Case(shape=Shape(B=1, T=35, D=32, gated=True), packed=True)
     with simulated():
         assert_conforms(SUITE, case, "mosaic_gpu", jnp.float32)
 
@@ -71,24 +71,24 @@ def test_what_stands_in_padding_is_never_used():
     rng = np.random.default_rng(0)
     length, width, states = 13, 32, 16
     ids = np.array([[0, 0, 1, 1, 1, 0, 1, 1, 2, 2, 0, 2, 0]], np.int32)
-    shapes = {"x": width, "dt": width, "B": states, "C": states, "dy": width}
+    shapes = {"x": width, "dt": width, "B": states, "C": states, "gate": width, "dy": width}
     drawn = {name: np.abs(rng.standard_normal((1, length, size), np.float32)) for name, size in shapes.items()}
     A, state = -np.exp(rng.standard_normal((width, states), np.float32)), np.zeros((1, width, states), np.float32)
 
     def run(filling):
-        x, dt, B, C, dy = (jnp.where(ids[..., None] == 0, filling, a) for a in drawn.values())
+        x, dt, B, C, gate, dy = (jnp.where(ids[..., None] == 0, filling, a) for a in drawn.values())
 
-        def call(x, dt, A, B, C):
-            return selective_scan(x, dt, A, B, C, segment_ids=jnp.asarray(ids), implementation="mosaic_gpu")
+        def call(x, dt, A, B, C, gate):
+            return selective_scan(x, dt, A, B, C, gate=gate, segment_ids=jnp.asarray(ids), implementation="mosaic_gpu")
 
         def both(cotangents, *inputs):
             (y, final), pullback = jax.vjp(call, *inputs)
             return y, final, *pullback(cotangents)
 
         with simulated():
-            return evaluated(both)((dy, state), x, dt, A, B, C)
+            return evaluated(both)((dy, state), x, dt, A, B, C, gate)
 
-    for name, found, want in zip(("y", "state", "x", "dt", "A", "B", "C"), run(jnp.nan), run(0.0), strict=True):
+    for name, found, want in zip(("y", "state", "x", "dt", "A", "B", "C", "gate"), run(jnp.nan), run(0.0), strict=True):
         np.testing.assert_array_equal(found, want, err_msg=name)
 
 

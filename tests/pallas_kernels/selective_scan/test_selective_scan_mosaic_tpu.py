@@ -19,9 +19,9 @@ simulated = functools.partial(devices.interpreting, "tpu", detect_races=True)
 def shortened(name, case):
     """A simulator takes long: a group of tokens and a bit, but for two cases that go on into a second chunk; and of many
     states two groups and a bit."""
-    batch, length, width, states = case.shape
+    batch, length, width, states, gated = case.shape
     most = {"long": 130, "packed": 130}.get(name, 20 if states <= 16 else 10)
-    return dataclasses.replace(case, shape=Shape(1 if name == "packed" else batch, min(length, most), width, min(states, 36)))
+    return dataclasses.replace(case, shape=Shape(1 if name == "packed" else batch, min(length, most), width, min(states, 36), gated))
 
 
 SHORT = dataclasses.replace(SUITE, cases={name: shortened(name, case) for name, case in SUITE.cases.items()})
@@ -41,7 +41,7 @@ class TestMosaicTPU(conformance_tests(SHORT)):
         return simulated()
 
 
-@pytest.mark.parametrize("shape", [Shape(B=1, T=20, D=1100, N=3), Shape(B=2, T=1, D=200)], ids=["wide", "one token"])
+@pytest.mark.parametrize("shape", [Shape(B=1, T=20, D=1100, N=3, gated=True), Shape(B=2, T=1, D=200)], ids=["wide", "one token"])
 def test_bfloat16(shape):
     """Of more channels than a register holds, so that two are taken together."""
     with simulated():
@@ -52,7 +52,7 @@ def test_parts_of_the_channels(monkeypatch):
     """Two parts, of which the second one ends early: the gradients of B and C are sums over both."""
     monkeypatch.setattr(mosaic_tpu_tiles, "WIDEST", 2048)  # half of it in float32
     with simulated():
-        assert_conforms(SUITE, Case(shape=Shape(B=1, T=20, D=1100, N=3), packed=True), "mosaic_tpu", jnp.float32)
+        assert_conforms(SUITE, Case(shape=Shape(B=1, T=20, D=1100, N=3, gated=True), packed=True), "mosaic_tpu", jnp.float32)
 
 
 @pytest.mark.parametrize(

@@ -29,19 +29,17 @@ def with_gradients(function, inputs, cotangents):
 
 
 def official(variant, inputs, implementation):
-    """The computation of the golden numbers (channels before time): softplus, bias and gate around our scan."""
+    """The computation of the golden numbers (channels before time): softplus and bias before our scan."""
     dt = inputs["delta"]
     if "delta_bias" in inputs:
         dt = jax.nn.softplus(dt + inputs["delta_bias"][None, :, None])
     y, state = selective_scan(
         inputs["u"].swapaxes(1, 2), dt.swapaxes(1, 2), inputs["A"],
         inputs["B"].swapaxes(1, 2), inputs["C"].swapaxes(1, 2), inputs.get("D"),
+        gate=inputs["z"].swapaxes(1, 2) if "z" in inputs else None,
         initial_state=inputs.get("h0"), implementation=implementation,
     )  # fmt: skip
-    y = y.swapaxes(1, 2)
-    if "z" in inputs:
-        y = y * jax.nn.silu(inputs["z"])
-    return y, state
+    return y.swapaxes(1, 2), state
 
 
 @pytest.mark.parametrize("variant", ["plain", "full", "init_state"])
@@ -178,6 +176,7 @@ def test_dtypes(implementation):
         ({"dt": jnp.zeros((2, 62, 6))}, r"dt: shape \(2, 62, 6\); expected \(2, 63, 6\)"),
         ({"A": jnp.zeros((7, 5))}, r"A: shape \(7, 5\); expected \(6, 5\)"),
         ({"C": jnp.zeros((2, 63, 4))}, "C: shape"),
+        ({"gate": jnp.zeros((2, 63, 5))}, r"gate: shape \(2, 63, 5\); expected \(2, 63, 6\)"),
         ({"initial_state": jnp.zeros((2, 5, 6))}, "initial_state: shape"),
         ({"implementation": "chunk"}, "implementation='chunk': selective_scan has chunked, mosaic_gpu, mosaic_tpu, reference. Did"),
         ({"x": jnp.zeros((2, 0, 6)), "dt": jnp.zeros((2, 0, 6)), "B": jnp.zeros((2, 0, 5)),
