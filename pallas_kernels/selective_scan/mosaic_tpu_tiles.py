@@ -27,7 +27,7 @@ CHUNK = 128  # tokens between two saved states
 TOGETHER = 4  # registers of states that are carried over tokens: with more, the compiler runs out of registers
 STATES = 16  # in the body of a loop
 WIDEST = 4096  # channels of a step of the grid, with few states
-VMEM_LIMIT = 48 * 2**20  # bytes; the smallest fast memory among the generations aimed at holds 64 MiB
+VMEM_LIMIT = 54 * 2**20  # bytes; the smallest fast memory among the generations aimed at holds 64 MiB
 PADDING, REAL, START = 0.0, 1.0, 2.0  # marks
 # A step that decays everything: times any decay rate, which is kept above the least, it is below the exponents of
 # float32 (and times the derivative 0 it is 0, as infinity is not). A rate of 1e-30 decays nothing for steps up to 1e22.
