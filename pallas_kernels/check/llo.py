@@ -14,6 +14,7 @@ _BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
 _START = re.compile(r"Start(?:/End empty)? region (\d+)")
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (\(%\S+\), )?%\S+, (\d+) /\* loop exit test")
 _NOT_NOUGHT = re.compile(r"%(p\d+_p\d+) = scmp\.ne\.s32\.totalorder %\S+, 0(?!\d)")
+DELAYED = 4  # bundles after a branch, which start whether it is taken or not
 CALL = "tpu_custom_call"
 _CALL = re.compile(rf'%(\S+) = [^\n]*? custom-call\([^\n]*?custom_call_target="{CALL}"')
 
@@ -141,16 +142,10 @@ def turns(bundles: list[Bundle], first: int, last: int, inner: list[tuple[int, i
     """How often a step of the grid, from `first` to `last`, starts each of its bundles: see `Kernel.cycles`."""
     code = "\n".join(bundle.code for bundle in bundles[first:last])
     elsewhere = {name for name in _NOT_NOUGHT.findall(code)}
-    ends: dict[int, int] = {}
-    for start, end in sorted(inner, reverse=True):
-        # A loop ends at the next one that is not in it, at the latest: what `loops` finds may run into a neighbour.
-        # Where that begins at once, it is the whole of this loop.
-        after = min((at for at in ends if bundles[at].depth <= bundles[start].depth), default=end)
-        ends[start] = ends[after] if after == start + 1 else min(end, after)
     # The exit test of an inner loop, guarded by nothing, before that of one around it, which may stand in the inner one
     tests = [(bool(guard), at, int(n)) for at in range(first, last) for guard, n in _EXIT.findall(bundles[at].code)]
     times = [1] * (last - first)
-    for start, end in sorted(ends.items(), key=lambda span: (span[1] - span[0], -span[0])):
+    for start, end in sorted(inner, key=lambda span: span[1] - span[0]):
         own = min((test for test in tests if start <= test[1] < end), default=None)
         if own is None:
             return None
@@ -176,19 +171,21 @@ def within(span: tuple[int, int], others: list[tuple[int, int]]) -> bool:
 
 
 def loops(bundles: list[Bundle]) -> dict[int, list[tuple[int, int]]]:
-    """Where the loops of each depth (0: the outermost) begin, and the first bundle after each."""
+    """Where the loops of each depth (0: the outermost) begin, and the first bundle after each.
+
+    A loop ends with its branch back and what this delays. All before belongs to it, whatever depth it is marked with:
+    the compiler moves code of after a loop up into it.
+    """
+    branches: dict[str, int] = {}
+    for at, bundle in enumerate(bundles):
+        branches |= dict.fromkeys(_BRANCH.findall(bundle.code), at)
     found: dict[int, list[tuple[int, int]]] = {}
     for start, bundle in enumerate(bundles):
-        if bundle.label != "LB":
-            continue
-        end = start
-        for at in range(start, len(bundles)):
-            # the branch back stands one level further out, before the last bundles of the body that it delays
-            if bundles[at].depth >= bundle.depth:
-                end = at + 1
-            elif at > end + 4:
-                break
-        found.setdefault(bundle.depth - 1, []).append((start, end))
+        if bundle.label == "LB":
+            back = max((branches.get(region, -1) for region in _START.findall(bundle.code)), default=-1)
+            if back < start:
+                raise ValueError(f"no branch back to the loop that begins with bundle {start}: {bundle.code[:100]}")
+            found.setdefault(bundle.depth - 1, []).append((start, back + DELAYED + 1))
     return found
 
 

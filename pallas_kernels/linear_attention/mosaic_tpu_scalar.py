@@ -93,11 +93,6 @@ class Chunk:
         """Of heads that stand together."""
         return self.pack.heads // self.together
 
-    @property
-    def keyed(self) -> int:
-        """Heads that differ in their keys."""
-        return 1 if self.pack.shared else self.pack.heads
-
     def output(self, block):
         tokens = block[2]
         return jax.ShapeDtypeStruct((self.length, self.pack.values), tokens.v.dtype)
@@ -122,17 +117,6 @@ class Chunk:
         rows = LANES if self.decay != "token" else block[3].shape[0]
         return step, -(-rows // LANES), self.length, LANES
 
-    def common_scratch(self, block, step):
-        """Columns of the decays, scores, queries times the scale; and of a group of heads since, until and total."""
-        return [
-            pltpu.VMEM(self.columns_shape(block, step), jnp.float32),
-            pltpu.VMEM((step, self.keyed, self.length, self.length), jnp.float32),
-            beside(self.pack.keys, step, self.length, dtype=self.dtype),
-            pltpu.VMEM((self.slots(step), 2, self.length, self.lanes), jnp.float32),
-            pltpu.VMEM((self.slots(step), 1, self.lanes), jnp.float32),
-            pltpu.VMEM((step, self.pack.keys, self.pack.values), self.dtype),
-        ]
-
     def of_step(self, n, step):
         """Of the n-th group of heads: (the pack, the group's first head in it)."""
         pack, group = (0, n) if step == 1 else (n, 0) if self.groups == 1 else (n // self.groups, n % self.groups)
@@ -145,13 +129,6 @@ class Chunk:
         in_pack = self.groups * self.tiles
         lanes = part(m if step == 1 else 0 if in_pack == 1 else m % in_pack, self.tile, in_pack)
         return n, pack, first, lanes, part(m, self.tile, step * in_pack)
-
-    def slot(self, n):
-        """Where what is prepared for a group of heads stands: for all of them, or for this one and the next."""
-        return n if self.tiles > 1 else n % 2
-
-    def slots(self, step):
-        return step * self.groups if self.tiles > 1 else 2
 
     def decays_of(self, of_decays, decays, total, slot, number, first):
         """since, until `[C, tile]` and total `[1, tile]` of a group; None where there is no decay."""

@@ -26,7 +26,7 @@ from pallas_kernels.linear_attention.mosaic_tpu_scalar_parts import (
     round_to,
     write,
 )
-from pallas_kernels.linear_attention.mosaic_tpu_scalar_sums import Sums, fold, pieces
+from pallas_kernels.linear_attention.mosaic_tpu_scalar_sums import Sums, fold, lane_sum, of_head, pieces
 from pallas_kernels.mosaic_tpu_blocks import Blocks, part
 from pallas_kernels.mosaic_tpu_chunks import LANES
 from pallas_kernels.mosaic_tpu_packs import side_by_side, spread
@@ -260,16 +260,8 @@ class _Stages:
         for head in range(self.pack.heads):
             rows = self.decays.rows_of_table(2, head, slice(0, 1))
             of_group = self.scratch.d_last[number, head // self.chunk.together]
-            for found in pieces(self.of_head(head, of_group)):
+            for found in pieces(of_head(self.chunk, head, of_group)):
                 self.given.d_fixed.wide[number, rows, : found.shape[1]] += found
-
-    def of_head(self, head, x):
-        """x, in the lanes of values of a group of heads, but 0 outside of those of one of them."""
-        if self.chunk.together == 1:
-            return x
-        start = head % self.chunk.together * self.pack.value
-        lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        return jnp.where((lane >= start) & (lane < start + self.pack.value), x, 0.0)
 
     def put_sums(self, number, block, of_reads, of_writes):
         heads = range(self.pack.heads)
@@ -289,9 +281,8 @@ class _Stages:
         for head in range(self.pack.heads):
             group = head // chunk.together
             of_states = self.scratch.d_last[number, group] * self.decays.total(number, group * chunk.together)
-            parts = self.pack.of_keys(head, last), self.of_head(head, of_states)
-            of_head = sum(jnp.sum(x, axis=1, keepdims=True) for x in parts)
-            found.append(jnp.where(row == SUBLANES - 1, of_head, 0.0))
+            parts = self.pack.of_keys(head, last), of_head(chunk, head, of_states)
+            found.append(jnp.where(row == SUBLANES - 1, lane_sum(*parts), 0.0))
         self.sums.put(number, 0, 0, end, found, add=True)
         d_rows[number] = jnp.zeros_like(d_rows[number])
         self.sums.add_to(d_rows, number)

@@ -44,10 +44,7 @@ MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, 
 2 1 0 0 0 0 1 1 0 0 0
 0 0 0 0 0 0 0 0 1 1 0
 0 0 0 0 0 0 0 0 0 0 1
-0 0 0 0 0 0 0 0 0 0 0
-0 0 0 0 0 0 0 0 0 0 0
-0 0 0 0 0 0 0 0 0 0 0
-"""
+""" + 10 * "0 0 0 0 0 0 0 0 0 0 0\n"
 
 BUNDLES = """\
 = control target key start
@@ -55,16 +52,23 @@ LB: loop body
 = control target key end
 
      0   :  { %s1_s0 = inlined_call_operand.hbm [shape: bf16[1,8], index: 0] }
-   0x1 LB: > { %s2_s1 = sphi %s1_s0, %s3_s1 }
+   0x1 LB: > { %s2_s1 = sphi %s1_s0, %s3_s1 } /* Start region 9 :: Start region 2 */
    0x2   : > { %s4_s2 = smov.u32 0  ;;  %5 = vst [vmem:[#allocation3]] %v1_v0
 pad_low: (0, 0, 0, 0)
  }
-   0x3 LB: >> { %6 = vmatmul.bf16.gmra.mxu0 %v1_v0 }
+   0x3 LB: >> { %6 = vmatmul.bf16.gmra.mxu0 %v1_v0 } /* Start region 5 */
    0x4   : >> { %7 = sbr.rel (%p1_p0) target = $region5 }
-   0x5 PF: > { %p2_p1 = scmp.ge.s32.totalorder %s2_s1, 514 /* loop exit test */ }
-   0x6   :  { %8 = sbr.rel (!%p2_p1) target = $region9 }
-   0x7   : > {}
-   0x8   :  { %9 = vsyncpa [#allocation5], 1 }
+   0x5   :  {}
+   0x6   :  {}
+   0x7   : >> {}
+   0x8   :  {}
+   0x9 PF: > { %p2_p1 = scmp.ge.s32.totalorder %s2_s1, 514 /* loop exit test */ }
+   0xa   :  { %8 = sbr.rel (!%p2_p1) target = $region9 }
+   0xb   : > {}
+   0xc   :  {}
+   0xd   :  {}
+   0xe   :  {}
+   0xf   :  { %9 = vsyncpa [#allocation5], 1 }
 """
 
 
@@ -87,17 +91,40 @@ def test_the_schedule_of_a_tpu_kernel_is_read(tmp_path):
     )
     kernel = llo.kernel("flash.1", tmp_path)
     assert kernel.vmem == 0x41000
-    assert (kernel.bundles, kernel.step, kernel.loops) == (9, 7, (2,))
-    assert (kernel.steps, kernel.tiles) == (514, (2,))
-    assert kernel.products == pytest.approx(2 / 7)
+    assert (kernel.bundles, kernel.step, kernel.loops) == (16, 14, (6,))
+    assert (kernel.steps, kernel.tiles) == (514, (6,))
+    assert kernel.products == pytest.approx(2 / 14)
     assert (kernel.spills, kernel.fills) == (1, 1)
     with pytest.raises(FileNotFoundError, match="flash.2"):
         llo.kernel("flash.2", tmp_path)
 
 
+def test_a_loop_ends_with_its_branch_back_and_what_that_delays():
+    """Code of after a loop is moved up into it, here in its fourth bundle; a neighbour follows at once."""
+    lines = [
+        "   0x0   : > { before }",
+        "   0x1 LB: >> { one } /* Start region 7 :: Start region 3 */",
+        "   0x2   : >> { %p1_p0 = scmp.ge.s32.totalorder %s1_s1, 8 /* loop exit test */ }",
+        "   0x3   : >> { %2 = sbr.rel (%p3_p3) target = $region4 }",
+        "   0x4   : > { moved up }",
+        *(f"   0x{at:x}   : >> {{ one }}" for at in range(5, 15)),
+        "   0xf   : > { %3 = sbr.rel (!%p1_p0) target = $region7 } /* Start region 4 */",
+        *(f"   0x{at:x}   :  {{}}" for at in range(16, 20)),
+        "  0x14 LB: >> { another } /* End region 7 :: Start region 8 */",
+        "  0x15   : >> { %4 = sbr.rel (!%p2_p0) target = $region8 }",
+        *(f"  0x{at:x}   : >> {{ another }}" for at in range(22, 26)),
+        "  0x1a   : > { after }",
+    ]
+    bundles = llo.read_bundles("\n".join(lines))
+    assert llo.loops(bundles) == {1: [(1, 20), (20, 26)]}
+    assert llo.turns(bundles[:20], 0, 20, [(1, 20)]) == [1] + 19 * [8]
+    with pytest.raises(ValueError, match="no branch back to the loop that begins with bundle 1:"):
+        llo.loops([dataclasses.replace(bundle, code=bundle.code.replace("$region7", "$region6")) for bundle in bundles])
+
+
 def test_loops_are_counted_as_often_as_they_turn():
-    """A step of the grid with a loop of 8 turns, one of 4 around one of 2, whose exit test stands in the inner one, and two
-    bundles that are skipped where an index is not 0."""
+    """A step of the grid with a loop of 8 turns, one of 4 around one of 2, whose exit test stands in the inner one, and
+    two bundles that are skipped where an index is not 0."""
     lines = [
         "   0x1 LB: > { %p1_p0 = scmp.ne.s32.totalorder %s1_s1, 0  ;;  %2 = sbr.rel (%p1_p0) target = $region9 }",
         "   0x2   : > { first }",
@@ -105,13 +132,13 @@ def test_loops_are_counted_as_often_as_they_turn():
         "   0x4   : > { 4 } /* Start region 9 */",
         "   0x5 LB: >> { %p2_p1 = scmp.ge.s32.totalorder %s2_s2, 8 /* loop exit test */ }",
         "   0x6   : >> { eight }",
-        "   0x7 LB: >> { of nothing but the next }",
-        "   0x8 LB: >> { %p3_p2 = scmp.ge.s32.totalorder %s3_s3, 2 /* loop exit test */ }",
-        "   0x9   : >> { %p4_p3 = scmp.ge.s32.totalorder (%p3_p2), %s4_s4, 4 /* loop exit test */ }",
+        "   0x7 LB: >> { four }",
+        "   0x8 LB: >>> { %p3_p2 = scmp.ge.s32.totalorder %s3_s3, 2 /* loop exit test */ }",
+        "   0x9   : >>> { %p4_p3 = scmp.ge.s32.totalorder (%p3_p2), %s4_s4, 4 /* loop exit test */ }",
         "   0xa   : > { last }",
     ]
     bundles = llo.read_bundles("\n".join(lines))
-    inner = [span for span in llo.loops(bundles)[1]]
+    inner = [(4, 6), (6, 9), (7, 9)]
     assert llo.turns(bundles, 0, 10, inner) == [1, 0, 0, 1, 8, 8, 4, 8, 8, 1]
     dynamic = [dataclasses.replace(b, code=b.code.replace("8 /*", "%s9_s9 /*")) for b in bundles]
     assert llo.turns(dynamic, 0, 10, inner) is None

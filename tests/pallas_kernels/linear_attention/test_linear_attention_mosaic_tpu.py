@@ -44,6 +44,14 @@ def test_several_heads_in_a_tile_of_several_registers(decay):
         assert_conforms(conformance.SUITE, case, "mosaic_tpu", jnp.float32)
 
 
+@pytest.mark.parametrize("decay, value", [("none", 64), ("head", 64), ("head", 512), ("token", 512)])
+def test_heads_that_share_keys(decay, value):
+    """Several of them in a tile, or one in two tiles; where log decays differ by token, the suite has the former."""
+    case = conformance.Case(shape=Shape(B=1, T=128, H=4, K=128, V=value, decay=decay, G=1), gates="slow")
+    with simulated():
+        assert_conforms(conformance.SUITE, case, "mosaic_tpu", jnp.float32)
+
+
 def test_more_sums_of_a_pack_than_a_register_has_lanes():
     """Each of them is a lane: two of a head, whose log decays are summed up in two parts. (Forward: it takes long.)"""
     case = conformance.Case(shape=Shape(B=1, T=100, H=72, K=128, V=16, decay="token", G=1))
