@@ -85,7 +85,10 @@ def _bwd(body, chunk, saved, cotangents):
         d_inputs = [_paste(old, new, start) for old, new in zip(d_inputs, found[of_carry:], strict=True)]
         return found[of_shared:of_carry], d_shared, d_inputs
 
-    state = _floating(d_carry), *([jnp.zeros_like(x) for x in _floating(tree)] for tree in (shared, inputs))
+    # Every number of these is written below. Started alike, they would be one array and copies of it, which XLA makes
+    # on one core of a CPU; started differently, each is filled by all of them.
+    d_inputs = [jnp.full_like(x, i) for i, x in enumerate(_floating(inputs))]
+    state = _floating(d_carry), [jnp.zeros_like(x) for x in _floating(shared)], d_inputs
     if rest:
         state = back(state, last, count * chunk, rest)
     if count:

@@ -71,7 +71,15 @@ def unit_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"
         below = squares_below(lower, half)
         if half > 1:
             first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-            below = product("...ij,...jk->...ik", product("...ij,...jk->...ik", second, below), first)
+            below = _multiply(_multiply(second, below), first)
         inverse = join(inverse, below)
         half *= 2
     return inverse[..., 0, :, :]
+
+
+def _multiply(x: Float[Array, "*batch h h"], y: Float[Array, "*batch h h"]) -> Float[Array, "*batch h h"]:
+    """Of small squares as sums written out, which XLA makes loops of: as products they take a CPU twice as long."""
+    size = x.shape[-1]
+    if size > 8:
+        return product("...ij,...jk->...ik", x, y)
+    return sum(x[..., :, j, None] * y[..., None, j, :] for j in range(size))

@@ -61,7 +61,7 @@ def run(
 
 
 def _body(shared, state, inputs, *, scale, dtype):
-    """One chunk, filled up to a power of two, heads before tokens."""
+    """One chunk, filled up to a power of two."""
     tokens, starts = inputs
     length = tokens.q.shape[1]
     size = max(2, 1 << (length - 1).bit_length())
@@ -69,21 +69,22 @@ def _body(shared, state, inputs, *, scale, dtype):
     def filled(x):
         return jnp.pad(x, ((0, 0), (0, size - length)) + ((0, 0),) * (x.ndim - 2))
 
-    def heads_first(x):
-        return jnp.swapaxes(filled(x.astype(state.dtype)), 1, 2)
-
-    tokens = jax.tree.map(heads_first, tokens._replace(q=tokens.q.astype(state.dtype) * scale))
+    tokens = tokens._replace(q=tokens.q.astype(state.dtype) * scale)
+    tokens = jax.tree.map(lambda x: filled(x.astype(state.dtype)), tokens)
     state, o = _chunk(state, tokens, None if starts is None else filled(starts))
-    return state, jnp.swapaxes(o, 1, 2)[:, :length].astype(dtype)
+    return state, o[:, :length].astype(dtype)
 
 
 @jax.custom_vjp
 def _chunk(state, tokens, starts):
-    """The state after a chunk and its outputs `[B, H, C, V]`; fields of tokens `[B, H, C, ...]`, q scaled."""
+    """The state after a chunk and its outputs `[B, C, H, V]`; fields of tokens `[B, C, H, ...]`, q scaled.
+
+    Heads go before tokens inside the branches, where XLA does it along with what comes next; around them it is a copy.
+    """
     return jax.lax.cond(
         _is_mild(tokens, starts),
-        lambda: mild_decay.forward(state, tokens, starts),
-        lambda: _any_chunk(state, tokens),
+        lambda: _second_swapped(mild_decay.forward(state, _swapped(tokens), starts)),
+        lambda: _second_swapped(_any_chunk(state, _swapped(tokens))),
     )
 
 
@@ -93,21 +94,33 @@ def _chunk_fwd(state, tokens, starts):
 
 def _chunk_bwd(inputs, cotangents):
     state, tokens, starts = inputs
-    d_state, d_tokens = jax.lax.cond(
+    d_state, d_o = cotangents
+    d_before, d_tokens = jax.lax.cond(
         _is_mild(tokens, starts),
-        lambda: mild_decay.backward(state, tokens, starts, *cotangents),
-        lambda: jax.vjp(_any_chunk, state, tokens)[1](cotangents),
+        lambda: _second_swapped(mild_decay.backward(state, _swapped(tokens), starts, d_state, _swapped(d_o))),
+        lambda: _second_swapped(jax.vjp(_any_chunk, state, _swapped(tokens))[1]((d_state, _swapped(d_o)))),
     )
-    return d_state, d_tokens, None
+    return d_before, d_tokens, None
 
 
 _chunk.defvjp(_chunk_fwd, _chunk_bwd)
 
 
+def _swapped(tree):
+    """Heads before tokens, or the other way round."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), tree)
+
+
+def _second_swapped(pair):
+    return pair[0], _swapped(pair[1])
+
+
 def _is_mild(tokens, starts):
     """But for the starts of documents, which the form for mild decays tells by masks."""
     gates = tokens.log_decay
-    return mild.is_mild(gates if starts is None else jnp.where(starts[:, None, :, None], jnp.zeros((), gates.dtype), gates))
+    if starts is not None:
+        gates = jnp.where(starts[:, :, None, None], jnp.zeros((), gates.dtype), gates)
+    return mild.is_mild(_swapped(gates))
 
 
 def _any_chunk(state: Float[Array, "B H K V"], tokens: Tokens):

@@ -61,7 +61,10 @@ def linear_attention(
         q, k, v = (without_padding(x, valid) for x in (q, k, v))
         log_decay = log_decay if by_head else without_padding(log_decay, valid)
     call = q, k, v, log_decay, initial_state, segment_ids, scale, bonus
-    candidates = preferred(devices.current().platform, q.shape[1])
+    batch, length, heads, value_width = v.shape
+    by_channel = log_decay is not None and log_decay.ndim == 4
+    state_size = batch * heads * k.shape[-1] * value_width
+    candidates = preferred(devices.current().platform, length, state_size, by_channel)
     return dispatch.call("linear_attention", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
 
 
@@ -79,15 +82,20 @@ AXES = Axes(
 )  # fmt: skip
 
 
-def preferred(platform: str, length: int) -> tuple[str, ...]:
-    """What `implementation=None` stands for, given the platform and T: the first that supports the call.
+def preferred(platform: str, length: int, state_size: int, by_channel: bool) -> tuple[str, ...]:
+    """What `implementation=None` stands for, the first that supports the call: given the platform, T, B H K V and
+    whether each key channel has a decay of its own.
 
-    Measured forward on two CPU cores, float32, T = 4096, K = V = 64, batch 1 and 8, 4 and 16 heads: the loop takes 0.5
-    (one row of 4 heads) to 1.8 (one row of 16) of the chunked form's time. Forward and backward a token loop takes 7 to
-    11 times as long.
+    Measured forward on two CPU cores, float32, T of 512 and 4,096 (which hardly matters), K = V of 32, 64 and 128, 1
+    to 128 heads over 1 to 32 rows, the loop's time over the chunked form's. Up to 2^15 numbers of state (8 heads of 64,
+    2 of 128) XLA runs the loop's body on one core: 0.4 to 0.9; 1.0 to 1.2 with one head, 0.85 to 1.15 with heads of 32.
+    Beyond, both cores take part in every token and wait for each other: 0.9 to 2.8 with one decay a head, 0.95 to 2.2
+    with one a channel. With one a head, or none, that is little beside the work again from 2^18 on: 0.7 to 1.3, from
+    2^20 on 0.55 to 0.85; with one a channel 0.85 to 1.7. Forward and backward a token loop takes 7 to 11 times as long.
     """
     if platform == "cpu":
-        return ("loop_forward",) if length > 1 else ("chunked",)
+        loop = state_size <= 2**15 or (state_size >= 2**18 and not by_channel)
+        return ("loop_forward",) if length > 1 and loop else ("chunked",)
     return (f"mosaic_{platform}", "chunked") if platform in ("gpu", "tpu") else ("chunked",)
 
 

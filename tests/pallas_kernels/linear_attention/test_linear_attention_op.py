@@ -223,10 +223,32 @@ def test_one_token_is_a_direct_step():
     assert_close(run(*positional), expected, "float32")
 
 
-def test_default_follows_length_and_device():
-    assert api.preferred("cpu", 4096) == ("loop_forward",)
-    assert api.preferred("cpu", 1) == ("chunked",)
-    assert api.preferred("gpu", 4096)[-1] == api.preferred("tpu", 4096)[-1] == "chunked"  # it supports every call
+def test_default_follows_device_length_and_state():
+    """On a CPU the token loop is the faster one with a small state, and with one decay a head with a large one, too."""
+    one, few, many, most = (heads * 64 * 64 for heads in (1, 8, 16, 128))
+    for by_channel in (False, True):
+        assert api.preferred("cpu", 4096, one, by_channel) == ("loop_forward",)
+        assert api.preferred("cpu", 512, few, by_channel) == ("loop_forward",)
+        assert api.preferred("cpu", 4096, many, by_channel) == ("chunked",)
+        assert api.preferred("cpu", 1, one, by_channel) == ("chunked",)
+        for platform in ("gpu", "tpu"):  # the chunked form supports every call
+            assert api.preferred(platform, 4096, many, by_channel) == (f"mosaic_{platform}", "chunked")
+    assert api.preferred("cpu", 4096, most, by_channel=False) == ("loop_forward",)
+    assert api.preferred("cpu", 4096, most, by_channel=True) == ("chunked",)
+
+
+@pytest.mark.parametrize("heads, decay, expected", [
+    (2, "token", "loop_forward"), (2, "channel", "loop_forward"), (4, "channel", "chunked"), (4, None, "chunked"),
+    (32, "head", "loop_forward"), (32, None, "loop_forward"), (32, "channel", "chunked"),
+])  # fmt: skip
+def test_the_default_counts_the_states_of_all_rows_and_heads(heads, decay, expected):
+    """Two rows of H heads, K = 64 and V = 128: 2^15 numbers with two heads."""
+    q, v = jnp.zeros((2, 4, 1, 64)), jnp.zeros((2, 4, heads, 128))
+    shapes = {"token": (2, 4, heads), "channel": (2, 4, heads, 64), "head": (heads,)}
+    log_decay = None if decay is None else jnp.zeros(shapes[decay])
+    with dispatch.recording_defaults() as chosen, jax.default_device(jax.devices("cpu")[0]):
+        jax.eval_shape(linear_attention, q, q, v, log_decay)
+    assert chosen == [("linear_attention", expected)]
 
 
 def test_the_choice_is_logged_once(caplog):
