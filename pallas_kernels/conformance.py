@@ -41,7 +41,8 @@ class Suite:
     ) -> Callable[[], dict[str, np.ndarray]]:
         """What computes o, the final state, and the gradient of every input, for random cotangents of both.
 
-        rounded: a dtype to which the inputs are rounded before they get theirs. What stands in padding is NaN.
+        rounded: a dtype to which the inputs are rounded before they get theirs. What stands in padding is NaN, in inputs
+        and in the cotangent of o.
         """
         rounded = dtype if rounded is None else rounded
         inputs, ids = self.inputs(case)
@@ -100,6 +101,9 @@ def _both(call: Call, implementation: str):
         results, pullback = jax.vjp(lambda floats: call(floats, ids, implementation), floats)
         rng = np.random.default_rng(1)
         cotangents = [jnp.asarray(rng.standard_normal(a.shape), jnp.float32).astype(a.dtype) for a in results]
+        if ids is not None:
+            padding = (ids == 0).reshape(ids.shape + (1,) * (cotangents[0].ndim - 2))
+            cotangents[0] = jnp.where(padding, jnp.asarray(jnp.nan, cotangents[0].dtype), cotangents[0])
         return results, pullback(tuple(cotangents))[0]
 
     return both

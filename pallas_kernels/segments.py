@@ -29,7 +29,8 @@ def document_starts(segment_ids: Int[Array, "B T"]) -> tuple[Bool[Array, "B T"],
 
 
 def without_padding(x: Shaped[Array, "B T ..."], valid: Bool[Array, "B T"]) -> Shaped[Array, "B T ..."]:
-    """x with zeros where padding is: what stands there may be anything, and 0 times NaN is NaN."""
+    """x with zeros where padding is: what stands there may be anything, and 0 times NaN is NaN. (Of results, so that this
+    holds of their cotangents.)"""
     return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 

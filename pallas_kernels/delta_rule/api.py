@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import devices, dispatch
 from pallas_kernels.delta_rule import chunked, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.mesh import Axes
+from pallas_kernels.segments import without_padding
 
 
 def delta_rule(
@@ -56,7 +57,8 @@ def delta_rule(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = q, k, v, a, b, log_decay, initial_state, segment_ids, scale
     candidates = preferred(devices.current().platform)
-    return dispatch.call("delta_rule", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
+    o, state = dispatch.call("delta_rule", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
+    return o if segment_ids is None else without_padding(o, segment_ids != 0), state
 
 
 IMPLEMENTATIONS = {

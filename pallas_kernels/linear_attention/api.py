@@ -55,9 +55,9 @@ def linear_attention(
     """
     _check(q, k, v, log_decay, bonus, initial_state, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if segment_ids is not None:
+    valid = None if segment_ids is None else segment_ids != 0
+    if valid is not None:
         by_head = log_decay is None or log_decay.ndim == 1
-        valid = segment_ids != 0
         q, k, v = (without_padding(x, valid) for x in (q, k, v))
         log_decay = log_decay if by_head else without_padding(log_decay, valid)
     call = q, k, v, log_decay, initial_state, segment_ids, scale, bonus
@@ -65,7 +65,8 @@ def linear_attention(
     by_channel = log_decay is not None and log_decay.ndim == 4
     state_size = batch * heads * k.shape[-1] * value_width
     candidates = preferred(devices.current().platform, length, state_size, by_channel)
-    return dispatch.call("linear_attention", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
+    o, state = dispatch.call("linear_attention", IMPLEMENTATIONS, implementation, candidates, AXES, *call)
+    return o if valid is None else without_padding(o, valid), state
 
 
 IMPLEMENTATIONS = {

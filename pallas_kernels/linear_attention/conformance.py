@@ -28,6 +28,7 @@ def _shape(T: int, H: int = 2, B: int = 1, K: int = 64, V: int = 64, decay: str 
 CASES = {
     "one token": Case(shape=_shape(1, B=3)),
     "one token, padded": Case(shape=_shape(1, B=3), packed=True),
+    "one token, padded, head": Case(shape=_shape(1, B=3, decay="head"), packed=True),
     "one token, channel, bonus": Case(shape=_shape(1, B=2, decay="channel", bonus=True)),
     "one token, groups": Case(shape=_shape(1, H=4, G=2)),
     "one chunk": Case(shape=_shape(64), fresh=True),

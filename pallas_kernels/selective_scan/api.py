@@ -46,8 +46,9 @@ def selective_scan(
         supports the call.
 
     Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y in
-    x's dtype, final_state in the dtype of the computation. Differentiable in every float argument. Memory: one
-    chunk's [C, B, N, D] and, for the backward pass, a state per chunk; never [B, T, D, N].
+    x's dtype, final_state in the dtype of the computation. Differentiable (reverse mode) in every float argument. Memory: one
+    chunk's [C, B, N, D] and, for the backward pass, a state per chunk; never [B, T, D, N]. The kernels are differentiable
+    once; with a gate Hopper's backward rounds the cotangent times silu(z), and times silu'(z), to the dtypes of y and z.
 
     Raises: ValueError for shapes that do not agree, for arguments that are no floats, and for an unknown implementation.
     """

@@ -17,7 +17,7 @@ CHUNK_LENGTH = 16  # tokens whose [B, N, D] are held at once
 GROUP_ELEMENTS = 8192  # rows are taken together up to this many elements of [B, N, D], to stay in the cache
 
 
-def run(x, dt, A, B, C, D, initial_state, segment_ids, gate=None):
+def run(x, dt, A, B, C, D, initial_state, segment_ids, gate):
     """See `api.selective_scan`; arguments are checked there."""
     given = x.dtype
     x, dt, A, B, C, D, initial_state, gate = in_one_dtype(x, dt, A, B, C, D, initial_state, gate)
@@ -35,7 +35,8 @@ def run(x, dt, A, B, C, D, initial_state, segment_ids, gate=None):
     else:
         y, final_state = _in_chunks(x, dt, A, B, C, starts, initial_state)
     y = y + D[None, None] * x
-    return (y if gate is None else y * jax.nn.silu(gate)).astype(given), final_state
+    y = y if gate is None else y * jax.nn.silu(gate)
+    return (y if segment_ids is None else without_padding(y, valid)).astype(given), final_state
 
 
 def _one_token(x, dt, A, B, C, starts, state):

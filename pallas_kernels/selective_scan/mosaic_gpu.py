@@ -24,7 +24,7 @@ MOST = 128  # states of a channel
 BACKWARD = {8: (32, 8, 8), 16: (32, 4, 4), 32: (32, 4, 2), 64: (16, 2, 1), 128: (8, 1, 1)}
 
 
-def supports(x, dt, A, B, C, D, initial_state, segment_ids, gate=None) -> str | None:
+def supports(x, dt, A, B, C, D, initial_state, segment_ids, gate) -> str | None:
     """None, or what about the call is not supported."""
     device = devices.current()
     if not device.copies_tiles:
@@ -36,7 +36,7 @@ def supports(x, dt, A, B, C, D, initial_state, segment_ids, gate=None) -> str | 
     return None
 
 
-def run(x, dt, A, B, C, D, initial_state, segment_ids, gate=None):
+def run(x, dt, A, B, C, D, initial_state, segment_ids, gate):
     """See `api.selective_scan`; arguments are checked there. Differentiable once, in reverse."""
     batch, length, width = x.shape
     states = A.shape[1]

@@ -23,7 +23,7 @@ from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
 MOST_STATES = LANES
 
 
-def supports(x, dt, A, B, C, D, initial_state, segment_ids, gate=None) -> str | None:
+def supports(x, dt, A, B, C, D, initial_state, segment_ids, gate) -> str | None:
     """None, or what about the call is not supported."""
     platform = devices.current().platform
     if platform != "tpu":
@@ -46,7 +46,7 @@ def run(
     D: Float[Array, "D"] | None,
     initial_state: Float[Array, "B D N"] | None,
     segment_ids: Int[Array, "B T"] | None,
-    gate: Float[Array, "B T D"] | None = None,
+    gate: Float[Array, "B T D"] | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """See `api.selective_scan`. y in x's dtype, the final state in float32. Differentiable once, in reverse."""
     batch, length, width = x.shape
@@ -119,7 +119,8 @@ def _step_in_jax(x, dt, A, B, C, D, state, gate, valid):
         x, dt, gate = (None if a is None else jnp.where(valid, a, 0) for a in (x, dt, gate))
     state = jnp.exp(dt[:, None] * A[None]) * state + (dt * x)[:, None] * B[..., None]
     y = (state * C[..., None]).sum(1) + x * D
-    return (y if gate is None else y * jax.nn.silu(gate.astype(jnp.float32))).astype(dtype), state
+    y = y if gate is None else y * jax.nn.silu(gate.astype(jnp.float32))
+    return (y if valid is None else jnp.where(valid, y, 0)).astype(dtype), state
 
 
 def _step_forward(*arguments):

@@ -16,7 +16,7 @@ def in_one_dtype(x, dt, A, B, C, D, initial_state, gate):
     return [None if a is None else a.astype(dtype) for a in floats.values()]
 
 
-def run(x, dt, A, B, C, D, initial_state, segment_ids, gate=None):
+def run(x, dt, A, B, C, D, initial_state, segment_ids, gate):
     """See `api.selective_scan`. One `lax.scan` step per token; arguments are checked there."""
     given = x.dtype
     x, dt, A, B, C, D, initial_state, gate = in_one_dtype(x, dt, A, B, C, D, initial_state, gate)

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch
 from pallas_kernels.mesh import Axes
+from pallas_kernels.segments import without_padding
 from pallas_kernels.wkv import chunked, reference
 from pallas_kernels.wkv.reference import WKVState
 
@@ -55,6 +56,7 @@ def wkv(
     Raises ValueError for shapes that do not agree, for arguments that are no floats, and for an unknown implementation.
     """
     _check(k, v, log_decay, bonus, initial_state, segment_ids)
+    dispatch.check_dtypes({}, segment_ids)
     batch, length, width = k.shape
     arguments = {"k": k, "v": v, "log_decay": log_decay, "bonus": bonus}
     dtype = dispatch.compute_dtype(arguments | {"initial_state": initial_state})
@@ -63,8 +65,11 @@ def wkv(
     candidates = preferred(devices.current().platform, length)
     cast = [k, v, jnp.maximum(log_decay, FORGETS), bonus, initial_state]
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), cast)
+    valid = None if segment_ids is None else segment_ids != 0
+    if valid is not None:
+        cast[:2] = (without_padding(a, valid) for a in cast[:2])
     y, final_state = dispatch.call("wkv", IMPLEMENTATIONS, implementation, candidates, AXES, *cast, segment_ids)
-    return y.astype(v.dtype), final_state
+    return (y if valid is None else without_padding(y, valid)).astype(v.dtype), final_state
 
 
 def preferred(platform: str, length: int) -> tuple[str, ...]:

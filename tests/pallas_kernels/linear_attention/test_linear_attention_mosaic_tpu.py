@@ -37,6 +37,13 @@ def test_bfloat16(shape):
         assert_conforms(conformance.SUITE, case, "mosaic_tpu", jnp.bfloat16)
 
 
+def test_a_decay_a_head_over_several_chunks():
+    """Its gradient adds up over them."""
+    case = conformance.Case(shape=Shape(B=1, T=300, H=2, K=64, V=64, decay="head"))
+    with simulated():
+        assert_conforms(conformance.SUITE, case, "mosaic_tpu", jnp.float32)
+
+
 @pytest.mark.parametrize("decay", ["head", "token"])
 def test_several_heads_in_a_tile_of_several_registers(decay):
     case = conformance.Case(shape=Shape(B=1, T=140, H=4, K=32, V=96, decay=decay))

@@ -56,11 +56,17 @@ def test_parts_of_the_channels(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("reason", "states", "dtype"), [("at most 128 states", 129, jnp.float32), ("x is float16", 4, jnp.float16)]
+    ("reason", "states", "dtypes"),
+    [
+        ("at most 128 states", 129, (jnp.float32, jnp.float32)),
+        ("x is float16", 4, (jnp.float16, jnp.float32)),
+        ("gate is float16", 4, (jnp.float32, jnp.float16)),
+    ],
 )
-def test_says_what_it_does_not_support(reason, states, dtype):
-    tokens, weights = jnp.zeros((1, 4, 8), dtype), jnp.zeros((1, 4, states))
-    call = functools.partial(selective_scan, tokens, jnp.zeros((1, 4, 8)), -jnp.ones((8, states)), weights, weights)
+def test_says_what_it_does_not_support(reason, states, dtypes):
+    (x, gate), weights = (jnp.zeros((1, 4, 8), dtype) for dtype in dtypes), jnp.zeros((1, 4, states))
+    arguments = x, jnp.zeros((1, 4, 8)), -jnp.ones((8, states)), weights, weights
+    call = functools.partial(selective_scan, *arguments, gate=gate)
     with simulated(), pytest.raises(ValueError, match=reason):
         call(implementation="mosaic_tpu")
     with pytest.raises(ValueError, match="needs a TPU"):

@@ -186,6 +186,20 @@ def test_zero_sums_are_no_past(rest, implementation):
     assert not np.asarray(y).any() and not np.asarray(after.num).any() and not np.asarray(after.den).any()
 
 
+@pytest.mark.parametrize("form", ["reference", "chunked", "loop_forward"])
+def test_what_stands_in_padding_is_never_used(form):
+    """NaN in it is as good as zeros, in the cotangent too."""
+    inputs, ids = jax.device_get(example(2, 63)), packed_ids(2, 63)
+
+    def run(filling):
+        filled = {n: jnp.where(ids[..., None] == 0, filling, a) if n in ("k", "v") else a for n, a in inputs.items()}
+        (y, state), pull = jax.vjp(lambda inputs: wkv(**inputs, segment_ids=ids, implementation=form), filled)
+        cotangent = jnp.where(ids[..., None] == 0, filling, jnp.cos(y))
+        return y, state, pull((cotangent, jax.tree.map(jnp.ones_like, state)))[0]
+
+    jax.tree.map(np.testing.assert_array_equal, *(jax.jit(run)(filling) for filling in (jnp.nan, 0.0)))
+
+
 def test_long_sequences_stay_exact(monkeypatch):
     """65,536 tokens in float32 against float64: decays that keep all and nothing (of zero, -0.0 and -inf too)."""
     monkeypatch.undo()
@@ -228,6 +242,7 @@ def test_the_default_is_the_loop_that_learns_in_chunks():
         ({"log_decay": jnp.zeros((2, 6))}, r"log_decay: shape \(2, 6\); expected \(6,\)"),
         ({"bonus": jnp.zeros((7,))}, r"bonus: shape \(7,\); expected \(6,\)"),
         ({"segment_ids": jnp.zeros((2, 62), jnp.int32)}, r"segment_ids: shape \(2, 62\); expected \(2, 63\)"),
+        ({"segment_ids": jnp.zeros((2, 63), jnp.float32)}, "segment_ids of dtype float32: expected int32"),
         ({"initial_state": WKVState(*[jnp.zeros((2, 5))] * 3)},
          r"initial_state.num: shape \(2, 5\); expected \(2, 6\)"),
         ({"implementation": "chunk"}, "implementation='chunk': wkv has chunked, loop_forward, reference. Did you mean"),
