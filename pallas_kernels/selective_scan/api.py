@@ -46,11 +46,12 @@ def selective_scan(
         supports the call.
 
     Computes in float32 (float64 if any argument is), whatever the dtypes given. Returns `(y, final_state)`: y in
-    x's dtype, final_state in the dtype of the computation. Differentiable (reverse mode) in every float argument. Memory: one
-    chunk's [C, B, N, D] and, for the backward pass, a state per chunk; never [B, T, D, N]. The kernels are differentiable
-    once; with a gate Hopper's backward rounds the cotangent times silu(z), and times silu'(z), to the dtypes of y and z.
+    x's dtype, final_state in the dtype of the computation. Differentiable (reverse mode) in every float argument, the
+    kernels once; with a gate Hopper's backward rounds the cotangent times silu(z), and times silu'(z), to the dtypes of
+    y and z. Memory: one chunk's [C, B, N, D] and, for the backward pass, a state per chunk; never [B, T, D, N].
 
-    Raises: ValueError for shapes that do not agree, for arguments that are no floats, and for an unknown implementation.
+    Raises: ValueError for shapes that do not agree, for arguments that are no floats, and for an unknown
+    implementation.
     """
     if x.ndim != 3 or 0 in x.shape or A.ndim != 2 or 0 in A.shape:
         raise ValueError(f"x: shape {x.shape}, A: shape {A.shape}; expected [B, T, D] and [D, N] with nothing empty")

@@ -32,11 +32,11 @@ from pallas_kernels.selective_scan.mosaic_gpu_tile import Tile, fetch, scratch
 def backward(
     plan: Plan, arrays: dict[str, jax.Array], A: jax.Array, D: jax.Array, saved: jax.Array, after: jax.Array
 ) -> tuple[jax.Array | None, ...]:
-    """dx, ddt, dgate (or None), dA, dB, dC, dD, and the cotangents of the states before each part [B, parts, D, N]; dA to
-    dD in float32.
+    """dx, ddt, dgate (or None), dA, dB, dC, dD, and the cotangents of the states before each part [B, parts, D, N]; dA
+    to dD in float32.
 
-    arrays: x, dt, B, C, dy, `gate` if there is one, and `carries` if documents are packed. saved: the states before each
-    tile. after: the cotangents of the states after each part.
+    arrays: x, dt, B, C, dy, `gate` if there is one, and `carries` if documents are packed. saved: the states before
+    each tile. after: the cotangents of the states after each part.
     """
     x, dt = arrays["x"], arrays["dt"]
     batch, length, width = x.shape
@@ -167,14 +167,15 @@ def _block(plan, stages, tiles, inputs, others, shared):
             found = {"dt": {r: of_decay[r] * math.log(2) + of_input[r] * x[r] for r in plan.lines}}
             found["input"] = {r: of_input[r] * sizes[r] for r in plan.lines}
             if gated:
-                y, factor = plan.over_states([h_ * C_ for h_, C_ in zip(h, C, strict=True)]), tile.row(tile.arrays["gate"], t)
+                y = plan.over_states([h_ * C_ for h_, C_ in zip(h, C, strict=True)])
+                factor = tile.row(tile.arrays["gate"], t)
                 found["gate"] = {r: factor[r] * (y[r] + skips[r] * x[r]) for r in plan.lines}
             results.append((t, found))
             dA = [old + d * dt_ for old, d, dt_ in zip(dA, dlog, dt, strict=True)]
             g = [a_ * g_ for a_, g_ in zip(a, g, strict=True)]
             if s % plan.summed == 0:
                 sum_lines(t)
-        # A barrier has come since they were read.
+        # In the place of what was read: a barrier has come since.
         for t, found in results:
             for name, of_channels in found.items():
                 reference = tile.input if name == "input" else tile.arrays[name]

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.selective_scan.mosaic_gpu_plan import F32, LINES, WORDS, Plan, along_columns, along_lines
+from pallas_kernels.selective_scan.reference import silu_derivative
 
 BY_CHANNEL = ("x", "dt", "dy", "gate")  # [B, T, D]
 BY_STATE = ("B", "C")  # [B, T, N]
@@ -82,9 +83,8 @@ class Tile:
         for at in self.stretches():
             if "gate" in self.arrays and "dy" in self.arrays:
                 dy, z = self.read("dy", at), self.read("gate", at)
-                part = jax.nn.sigmoid(z)
-                self.write("dy", at, dy * z * part)
-                self.write("gate", at, dy * part * (1 + z * (1 - part)))
+                self.write("dy", at, dy * jax.nn.silu(z))
+                self.write("gate", at, dy * silu_derivative(z))
             elif self.packed and "dy" in self.arrays:
                 self.write("dy", at, self.read("dy", at))
             if self.packed:

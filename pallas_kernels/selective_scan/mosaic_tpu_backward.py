@@ -25,6 +25,7 @@ from pallas_kernels.selective_scan.mosaic_tpu_tiles import (
     CHUNK, GROUPS, LANES, LINES, STATES, TILE, TOKENS, VMEM_LIMIT, Layout, Rows, in_order, put_rows, spread, take_rows,
     token, unrolled, weight,
 )  # fmt: skip
+from pallas_kernels.selective_scan.reference import silu_derivative
 
 INPUT, STEP, COTANGENT, OF_INPUT, OF_STEP, OUTPUT = range(6)  # what is kept of the tokens of a chunk
 AHEAD = 2  # with more, a v6e runs out of registers
@@ -32,7 +33,8 @@ AHEAD = 2  # with more, a v6e runs out of registers
 
 def backward(layout: Layout, x, dt, rates, B, C, D, marks, saved, gate, dy, dstate):
     """Returns dx, ddt, dgate (or None); dA `[B, N, ., 8, 128]`; dB, dC `[B, parts, N, T]` filled up like B; dD `[B, 8,
-    channels]`, to be summed; and the gradient of the initial state. dy, dstate: of y and of the final state; the rest as in `forward`."""
+    channels]`, to be summed; and the gradient of the initial state. dy, dstate: of y and of the final state; the rest
+    as in `forward`."""
     batch, last, of_channels = x.shape[0], layout.chunks - 1, (layout.states, layout.part // TILE, LINES, LANES)
     of_tokens = pl.BlockSpec((None, CHUNK, layout.part), lambda b, p, c: (b, last - c, p))
     of_state = pl.BlockSpec((None, *of_channels), lambda b, p, c: (b, 0, p, 0, 0))
@@ -208,10 +210,9 @@ def _kernel(
                 of_step = take_rows(kept.at[OF_STEP], first, k) * math.log(2)
                 of_y, of_x = take_rows(kept.at[COTANGENT], first, k), group.real(group.read(x, k), k)
                 if gate is not None:
-                    z = group.read(gate, k)
-                    part = jax.nn.sigmoid(z)
                     ungated = take_rows(kept.at[OUTPUT], first, k) + of_x * D[0:1, group.lanes(k)]
-                    group.write(dgate, k, group.real(group.read(dy, k) * part * (1 + z * (1 - part)) * ungated, k))
+                    of_gate = group.read(dy, k) * silu_derivative(group.read(gate, k)) * ungated
+                    group.write(dgate, k, group.real(of_gate, k))
                 group.write(dx, k, of_input * group.real(group.read(dt, k), k) + of_y * D[0:1, group.lanes(k)])
                 group.write(ddt, k, group.real(of_step, k) + of_input * of_x)
                 skipped = of_y * of_x

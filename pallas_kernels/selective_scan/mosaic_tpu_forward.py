@@ -25,8 +25,8 @@ def forward(layout: Layout, x, dt, rates, B, C, D, marks, initial_state, gate, s
     """Returns y like x, the final state, and the states before each chunk `[B, T / CHUNK, N, ., 8, 128]` or None.
 
     x, dt, gate: `[B, T, D]`, the last one maybe None. rates: A log2(e), float32 `[N, ., 8, 128]`, channels filled up to
-    whole parts; so are the states `[B, N, ., 8, 128]` and D, `[1, channels]`. B, C: float32 `[B, N filled up to lines, T filled up to chunks]`, 0 for
-    padding. marks: likewise, in the first of 8 lines, or None.
+    whole parts; so are the states `[B, N, ., 8, 128]` and D, `[1, channels]`. B, C: float32 `[B, N filled up to lines,
+    T filled up to chunks]`, 0 for padding. marks: likewise, in the first of 8 lines, or None.
     """
     of_channels = (layout.states, layout.part // TILE, LINES, LANES)
     of_tokens = pl.BlockSpec((None, CHUNK, layout.part), lambda b, p, c: (b, c, p))

@@ -60,9 +60,12 @@ def _kernel(x, dt, rates, B, C, D, gate, valid, state, y, after):
 
     def columns(at, lanes):
         here = pl.ds(at, lanes)
-        inputs, steps, *z = (a[:, here].astype(jnp.float32) for a in (x, dt, gate) if a is not None)
-        if valid is not None:
-            inputs, steps, *z = (jnp.where(valid[...] != 0, a, 0) for a in (inputs, steps, *z))
+
+        def read(ref):
+            values = ref[:, here].astype(jnp.float32)
+            return values if valid is None else jnp.where(valid[...] != 0, values, 0)
+
+        inputs, steps = read(x), read(dt)
         skipped, weighed, rate = inputs * D[:, here], inputs * steps, rates[:, here]
         outs = []
         for row in range(rows):
@@ -71,8 +74,8 @@ def _kernel(x, dt, rates, B, C, D, gate, valid, state, y, after):
             after[row, :, here] = h
             outs.append((h * c[:, line]).sum(0, keepdims=True))
         out = jnp.concatenate(outs, axis=0) + skipped
-        if z:
-            out = out * jax.nn.silu(z[0])
+        if gate is not None:
+            out = out * jax.nn.silu(read(gate))
         y[:, here] = out.astype(y.dtype)
 
     whole = part // lanes

@@ -16,6 +16,12 @@ def in_one_dtype(x, dt, A, B, C, D, initial_state, gate):
     return [None if a is None else a.astype(dtype) for a in floats.values()]
 
 
+def silu_derivative(z):
+    """Of z / (1 + exp(-z)), for the kernels' gates."""
+    part = jax.nn.sigmoid(z)
+    return part * (1 + z * (1 - part))
+
+
 def run(x, dt, A, B, C, D, initial_state, segment_ids, gate):
     """See `api.selective_scan`. One `lax.scan` step per token; arguments are checked there."""
     given = x.dtype
