@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices
-from pallas_kernels.segments import document_starts
+from pallas_kernels.segments import document_starts, without_padding
 from pallas_kernels.selective_scan.mosaic_tpu_backward import backward
 from pallas_kernels.selective_scan.mosaic_tpu_forward import forward
 from pallas_kernels.selective_scan.mosaic_tpu_step import step
@@ -59,7 +59,7 @@ def run(
     starts = valid = None
     if segment_ids is not None:
         starts, valid = document_starts(segment_ids)
-        B, C = (jnp.where(valid[..., None], a, 0) for a in (B, C))
+        B, C = (without_padding(a, valid) for a in (B, C))
     if length == 1:
         x, dt, B, C, gate = (None if a is None else a[:, 0] for a in (x, dt, B, C, gate))
         y, state = _step(x, dt, A.T, B, C, D[None], initial_state.swapaxes(1, 2), gate, valid)

@@ -7,6 +7,7 @@ With g_t the gradient of the state after token t, and u_t = exp(dt_t A) h_{t-1}:
     dB_t = sum_d g_t dt_t x_t                      dC_t  = sum_d h_t dy_t
 
 With a gate z, dy is the cotangent times silu(z), and dz_t = silu'(z_t) times the cotangent and the ungated y_t.
+
 For 1,024 channels and 16 states at a time a chunk is gone through forward, which gives u of all its tokens and the
 terms of dC, and then backward. The terms of dB and dC are added up over registers of channels, each in its place, and
 over the channels of a register at the end of the chunk.
